@@ -1,0 +1,137 @@
+"""Greedy decoding, one step a time, over any forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from stablegen.engine.base import Generated, Observer
+from stablegen.errors import DeviceMemoryError, NonFiniteScoresError
+from stablegen.kernels.base import BestTwo
+from stablegen.policy import Batch
+from stablegen.record import Composition, FinishReason, Trace
+from stablegen.request import Request
+
+
+class Forward(Protocol):
+    """One batch's forward pass, with its KV cache; R live rows of S slots, V tokens."""
+
+    def prefill(self, live: list[int]) -> torch.Tensor:
+        """Return the scores [R, V] float32 that follow the prompts of the live slots."""
+        ...
+
+    def step(self, tokens: list[int], live: list[int]) -> torch.Tensor:
+        """Return the scores [R, V] float32 that follow ``tokens`` [R], the newest of each live slot."""
+        ...
+
+
+@dataclass(slots=True)
+class _Row:
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    runner_ups: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    runner_up_scores: list[float] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+
+    def finish_reason(self) -> FinishReason | None:
+        params = self.request.params
+        if self.tokens[-1] in params.eos_token_ids:
+            return "stop"
+        return "length" if len(self.tokens) == params.max_new_tokens else None
+
+    def trace(self) -> Trace:
+        return Trace(
+            tuple(self.tokens),
+            tuple(self.runner_ups),
+            tuple(array("f", self.scores)),
+            tuple(array("f", self.runner_up_scores)),
+            tuple(value & 0xFFFFFFFFFFFFFFFF for value in self.hashes),
+        )
+
+
+def decode(
+    forward: Forward,
+    batch: Batch,
+    best_two: Callable[[torch.Tensor], BestTwo],
+    observe: Observer | None = None,
+) -> Iterator[Generated]:
+    """Yield each request of a batch as it finishes; a row that fails is reported when the others are done."""
+    started = time.perf_counter()
+    rows = {slot: _Row(request) for slot, request in batch.requests}
+    live = list(rows)
+    failed: list[tuple[Request, int]] = []
+    scores = _run(lambda: forward.prefill(live), batch)
+    while live:
+        if observe is not None:
+            for slot, row_scores in zip(live, scores, strict=True):
+                observe(slot, row_scores)
+        best = best_two(scores)
+        pairs, values = best.tokens.tolist(), best.scores.tolist()
+        going = []
+        for index, (slot, hash_value, finite) in enumerate(
+            zip(live, best.hashes.tolist(), best.finite.tolist(), strict=True)
+        ):
+            row = rows[slot]
+            if not finite:
+                failed.append((row.request, len(row.tokens)))
+                continue
+            row.tokens.append(pairs[index][0])
+            row.runner_ups.append(pairs[index][1])
+            row.scores.append(values[index][0])
+            row.runner_up_scores.append(values[index][1])
+            row.hashes.append(hash_value)
+            reason = row.finish_reason()
+            if reason is None:
+                going.append(slot)
+                continue
+            yield Generated(
+                row.request,
+                row.trace(),
+                reason,
+                Composition(len(batch.rows), len(rows), slot, batch.width),
+                time.perf_counter() - started,
+            )
+        live = going
+        if live:
+            newest = [rows[slot].tokens[-1] for slot in live]
+            scores = _run(lambda newest=newest, live=live: forward.step(newest, live), batch)  # type: ignore[misc]
+    if failed:
+        request, step = failed[0]
+        shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
+        raise NonFiniteScoresError(
+            f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
+            + (f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""),
+            hint="Nothing of it was cached. Try dtype='float32', and check the weights",
+        )
+
+
+def _run(action: Callable[[], torch.Tensor], batch: Batch) -> torch.Tensor:
+    try:
+        with torch.inference_mode():
+            return action()
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"a batch of {len(batch.rows)} rows did not fit into the device's memory",
+            hint="Use fewer rows, shorter prompts or a 16-bit dtype",
+        ) from error
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Run with the number of threads that ``Numerics`` promises; None leaves it alone."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,90 @@
+"""Any causal language model of transformers: the policies ``single``, ``padded:N`` and ``native``.
+
+One loop serves the three; they differ in the batches they plan. Rows are left-padded to the batch's width, the mask
+goes with them, and positions come from the mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from stablegen.engine.base import Generated, Observer
+from stablegen.engine.decode import cpu_threads, decode
+from stablegen.errors import ModelError, NumericsChangedError
+from stablegen.kernels.reference import best_two
+from stablegen.numerics import Numerics, reduced_precision, torch_matmul_precision
+from stablegen.policy import Batch, Limits
+
+
+class TransformersEngine:
+    """Runs planned batches through a transformers model as it stands."""
+
+    def __init__(self, model: Any, numerics: Numerics, *, context: int) -> None:
+        self.model = model
+        self.numerics = numerics
+        self.limits = Limits(context=context)
+        self.accepts = frozenset(inspect.signature(model.forward).parameters)
+
+    def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
+        """Yield each request of the batch as it finishes.
+
+        Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
+        """
+        self._check_state()
+        return decode(_LeftPadded(self, batch), batch, best_two, observe)
+
+    def _check_state(self) -> None:
+        if self.model.training:
+            raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
+        planned = (self.numerics.float32_matmul_precision, self.numerics.reduced_precision)
+        now = (torch_matmul_precision(), reduced_precision() if self.numerics.device == "cuda" else None)
+        if planned != now:
+            raise NumericsChangedError(
+                f"torch's precision flags changed from {planned} to {now} since this client was made",
+                hint="Set them before you make the client, or make a new one",
+            )
+
+
+class _LeftPadded:
+    """One batch, padded on the left; filler rows hold one token."""
+
+    def __init__(self, engine: TransformersEngine, batch: Batch) -> None:
+        self._engine = engine
+        device = engine.model.device
+        prompts = [(0,) if row is None else row.prompt_ids for row in batch.rows]
+        width = max(map(len, prompts)) if batch.width is None else batch.width
+        self._ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        self._mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for row, ids in enumerate(prompts):
+            self._ids[row, width - len(ids) :] = torch.tensor(ids)
+            self._mask[row, width - len(ids) :] = 1
+        self._ids, self._mask = self._ids.to(device), self._mask.to(device)
+        self._past: Any = None
+
+    def prefill(self, live: list[int]) -> torch.Tensor:
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        return self._forward(self._ids, positions, live)
+
+    def step(self, tokens: list[int], live: list[int]) -> torch.Tensor:
+        rows = len(self._mask)
+        newest = torch.zeros(rows, 1, dtype=torch.int64)
+        newest[live, 0] = torch.tensor(tokens)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=1)
+        # rows that have finished run on, shapes being fixed; their positions must stay inside the context
+        positions = (self._mask.sum(1, keepdim=True) - 1).clamp(max=self._engine.limits.context - 1)
+        return self._forward(newest.to(self._mask.device), positions, live)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, live: list[int]) -> torch.Tensor:
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        arguments = {name: value for name, value in optional.items() if name in self._engine.accepts}
+        with cpu_threads(self._engine.numerics.threads):
+            out = self._engine.model(
+                input_ids=ids, attention_mask=self._mask, past_key_values=self._past, use_cache=True, **arguments
+            )
+        self._past = out.past_key_values
+        scores: torch.Tensor = out.logits[:, -1].float()  # [S, V]
+        return scores if len(live) == len(scores) else scores[live]

@@ -1,0 +1,196 @@
+"""The operations in torch, invariant on a CPU: fixed-shape tiles, absolute key blocks, sums as fixed trees.
+
+Matrix products always have one shape a layer, [``TILE``, K] x [K, N]: short groups of rows are filled with zeros,
+so the library underneath cannot see how many rows there are. That a row's place inside the tile does not matter
+is not guaranteed by any vendor; the engine's self-check measures it before ``exact`` is ever said.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stablegen.kernels.base import Activation, BestTwo, Linear
+
+TILE = 8
+"""Rows of a matrix product: the smallest at which the CPU's GEMM runs near its speed."""
+QUERY_BLOCK = 16
+KEY_BLOCK = 64
+
+_GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi), as in Hugging Face's NewGELUActivation
+
+
+class ReferenceKernels:
+    """The kernel set for a CPU; also the yardstick the Triton kernels are tested against."""
+
+    name = "reference"
+    version = 1
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Keep float32 copies: products of 16-bit numbers are exact in float32, sums are kept there."""
+        return Linear(weight.float(), None if bias is None else bias.float())
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        layer: Linear,
+        *,
+        activation: Activation = "none",
+        residual: torch.Tensor | None = None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return ``activation(x @ weight + bias) + residual`` [M, N]; every product is [TILE, K] x [K, N]."""
+        rows = x.shape[0]
+        tiles = -(-rows // TILE)
+        padded = torch.zeros(tiles * TILE, x.shape[1])
+        padded[:rows] = x
+        out = torch.empty(tiles * TILE, layer.weight.shape[1])
+        for tile in range(tiles):
+            span = slice(tile * TILE, (tile + 1) * TILE)
+            y = torch.mm(padded[span], layer.weight)
+            if layer.bias is not None:
+                y += layer.bias
+            out[span] = _gelu_new(y) if activation == "gelu_new" else y
+        result = out[:rows]
+        if residual is not None:
+            result = result + residual
+        return result.to(out_dtype)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the rows' layer norm; both sums are trees of additions fixed by E alone."""
+        width = x.shape[1]
+        centred = x - (tree_sum(x) / width)[:, None]
+        variance = tree_sum(centred * centred) / width
+        # sqrt and division are correctly rounded everywhere; rsqrt is not.
+        normed = centred * (1.0 / torch.sqrt(variance + eps))[:, None]
+        return (normed * weight.float() + bias.float()).to(out_dtype)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Return causal attention; a query sits in its tile where its absolute position puts it.
+
+        Queries of one slot share a tile of ``QUERY_BLOCK`` absolute positions, keys come in absolute blocks of
+        ``KEY_BLOCK``: shape and place of every product are functions of the position alone.
+        """
+        _, heads, size = query.shape
+        out = torch.empty_like(query)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+            groups.setdefault((slot, position // QUERY_BLOCK), []).append(index)
+        for (slot, block), members in groups.items():
+            rows = torch.tensor(members)
+            places = positions[rows] - block * QUERY_BLOCK
+            tile = torch.zeros(heads, QUERY_BLOCK, size)
+            tile[:, places] = query[rows].float().transpose(0, 1)
+            result = _attend(tile, block * QUERY_BLOCK, keys[slot], values[slot], scale)
+            out[rows] = result[:, places].transpose(0, 1).to(out.dtype)
+        return out
+
+    def best_two(self, scores: torch.Tensor) -> BestTwo:
+        """Reduce rows of scores [M, V] float32 to what a decode step keeps."""
+        return best_two(scores)
+
+
+def _attend(
+    query: torch.Tensor,  # [H, QUERY_BLOCK, D] float32; row i stands at position first + i
+    first: int,
+    keys: torch.Tensor,  # [H, C, D]
+    values: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    heads, rows, size = query.shape
+    capacity = keys.shape[1]
+    blocks = (first + rows - 1) // KEY_BLOCK + 1
+    position = torch.arange(first, first + rows)[:, None]
+    weights: list[torch.Tensor] = []
+    content: list[torch.Tensor] = []
+    for block in range(blocks):
+        start = block * KEY_BLOCK
+        stop = min(start + KEY_BLOCK, capacity)
+        key = torch.zeros(heads, KEY_BLOCK, size)
+        value = torch.zeros(heads, KEY_BLOCK, size)
+        key[:, : stop - start] = keys[:, start:stop]
+        value[:, : stop - start] = values[:, start:stop]
+        seen = torch.arange(start, start + KEY_BLOCK)[None, :] <= position
+        weights.append(torch.where(seen, torch.bmm(query, key.transpose(1, 2)) * scale, torch.tensor(float("-inf"))))
+        content.append(value)
+    best = torch.stack([w.amax(-1) for w in weights]).amax(0)[..., None]  # a maximum has no rounding
+    total = torch.zeros(heads, rows)
+    result = torch.zeros(heads, rows, size)
+    for weight, value in zip(weights, content, strict=True):
+        share = torch.exp(weight - best)
+        total = total + tree_sum(share)
+        result = result + torch.bmm(share, value)
+    return result / total[..., None]
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum the last axis by halving it; only elementwise additions, so the order is fixed by its length."""
+    width = x.shape[-1]
+    size = 1 << (width - 1).bit_length()
+    if size != width:
+        x = torch.nn.functional.pad(x, (0, size - width))
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x[..., 0]
+
+
+def _gelu_new(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(_GELU_SCALE * (x + 0.044715 * (x * x * x))))
+
+
+def best_two(scores: torch.Tensor) -> BestTwo:
+    """Reduce rows of scores [M, V] float32 to what a decode step keeps; exact on every device.
+
+    The hash of a row is ``sum_i fold(bits_i * key_i) mod 2**64`` with ``fold(x) = x ^ (x >> 32)`` and the odd keys
+    ``splitmix64(i) | 1``. Integer addition is associative, so any order, on any device, gives the same value.
+    """
+    vocabulary = scores.shape[1]
+    index = torch.arange(vocabulary, device=scores.device)
+    first = _lowest_best(scores, index)
+    rest = scores.scatter(1, first[:, None], float("-inf"))
+    second = _lowest_best(rest, index)
+    tokens = torch.stack([first, second], dim=1)
+    bits = scores.contiguous().view(torch.int32).to(torch.int64)
+    product = bits * _hash_keys(vocabulary, scores.device)
+    folded = product ^ ((product >> 32) & 0xFFFFFFFF)
+    return BestTwo(
+        tokens=tokens,
+        scores=scores.gather(1, tokens),
+        hashes=folded.sum(1),
+        finite=torch.isfinite(scores).all(1),
+    )
+
+
+def _lowest_best(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    best = scores.amax(1, keepdim=True)
+    # a row of NaN has no best: clamp, the row is reported as not finite anyway
+    return torch.where(scores == best, index, scores.shape[1]).amin(1).clamp(max=scores.shape[1] - 1)
+
+
+_KEYS: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def _hash_keys(count: int, device: torch.device) -> torch.Tensor:
+    keys = _KEYS.get((count, device))
+    if keys is None:
+        x = torch.arange(count, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+        x = x ^ ((x >> 31) & ((1 << 33) - 1))
+        keys = _KEYS[count, device] = x | 1
+    return keys
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,164 @@
+"""Everything the bits of a result depend on besides the request, known without importing torch.
+
+Versions come from package metadata, the device from NVML or the processor's flags, torch's flags from torch if the
+program has loaded it, else they are torch's defaults. An engine compares what it finds with what was planned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from functools import cached_property, lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from stablegen.device import Device, resolve_device, usable_cpus
+from stablegen.policy import ExecutionPolicy, Invariant
+
+ENGINE_VERSION = 1
+"""Raised whenever the transformers engine would give other bits for the same request."""
+KERNEL_VERSIONS = {"triton": 1, "reference": 1}
+"""Raised whenever a kernel set would give other bits; the kernel sets read theirs from here."""
+OVERRIDES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DISABLE_ADDMM_CUDA_LT",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+)
+"""Environment variables that change which kernels run."""
+
+
+class Numerics(BaseModel):
+    """How a result is computed: equal ``Numerics`` and a policy that promises mean equal bits.
+
+    Fields that do not apply are None and leave the digest alone: ``tf32`` and ``reduced_precision`` are flags of
+    vendor libraries, ``transformers`` matters only where its forward pass runs, threads only on a CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str
+    dtype: str
+    kernels: str
+    device: str
+    device_model: str
+    compute_capability: str | None = None
+    sm_count: int | None = None
+    instruction_set: str | None = None
+    threads: int | None = None
+    torch: str
+    cuda: str | None = None
+    triton: str | None = None
+    transformers: str | None = None
+    float32_matmul_precision: str | None = None
+    reduced_precision: str | None = None
+    overrides: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Return SHA-256, in hexadecimal, of the fields that apply."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
+        """Return the fields in which two numerics differ: name -> (self's value, other's value)."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+    def summary(self) -> str:
+        """Return policy, dtype and device in a few words."""
+        return f"{self.policy} {self.dtype} on {self.device_model}"
+
+
+def plan_numerics(policy: ExecutionPolicy, dtype: str, device: str, *, attention: str = "sdpa") -> Numerics:
+    """Return the numerics under which a miss would be computed now, without importing torch.
+
+    ``attention`` is the attention implementation of the transformers model; ``invariant`` has its own.
+    Raises ``DeviceError`` or ``DtypeError`` where this machine cannot.
+    """
+    found = resolve_device(device, dtype, torch_has_cuda=torch_cuda_version() is not None, threads=cpu_threads())
+    return numerics_on(found, policy, dtype, attention=attention)
+
+
+def numerics_on(device: Device, policy: ExecutionPolicy, dtype: str, *, attention: str = "sdpa") -> Numerics:
+    """Return the numerics of a policy and dtype on a device."""
+    own = isinstance(policy, Invariant)
+    kernel_set = "triton" if device.is_cuda else "reference"
+    kernels = f"{kernel_set}/{KERNEL_VERSIONS[kernel_set]}" if own else f"transformers-{attention}/{ENGINE_VERSION}"
+    return Numerics(
+        policy=policy.spec,
+        dtype=dtype,
+        kernels=kernels,
+        device="cuda" if device.is_cuda else "cpu",
+        device_model=device.model,
+        compute_capability=None if device.capability is None else "{}.{}".format(*device.capability),
+        sm_count=device.sm_count,
+        instruction_set=device.instruction_set,
+        threads=device.threads,
+        torch=version_of("torch") or "missing",
+        cuda=torch_cuda_version() if device.is_cuda else None,
+        triton=version_of("triton") if own and device.is_cuda else None,
+        transformers=None if own else version_of("transformers"),
+        float32_matmul_precision=None if own and device.is_cuda else torch_matmul_precision(),
+        reduced_precision=reduced_precision() if device.is_cuda and not own else None,
+        overrides=tuple(f"{name}={os.environ[name]}" for name in OVERRIDES if name in os.environ),
+    )
+
+
+@lru_cache
+def version_of(package: str) -> str | None:
+    """Return the installed version of a package from its metadata; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def torch_cuda_version() -> str | None:
+    """Return the CUDA version torch was built with, read from its files; None for a build without CUDA."""
+    loaded = sys.modules.get("torch")
+    if loaded is not None:
+        return str(loaded.version.cuda) if loaded.version.cuda else None
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    source = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    match = re.search(r"^cuda(?::[^=]*)?\s*=\s*['\"]([\d.]+)['\"]", source, re.MULTILINE)
+    return match[1] if match else None
+
+
+def cpu_threads() -> int:
+    """Return the threads a CPU run will use: torch's setting if it is loaded, else what it would be set to."""
+    loaded = sys.modules.get("torch")
+    return int(loaded.get_num_threads()) if loaded is not None else usable_cpus()
+
+
+def torch_matmul_precision() -> str:
+    """Return torch's float32 matmul precision; its default where torch is not loaded."""
+    loaded = sys.modules.get("torch")
+    return str(loaded.get_float32_matmul_precision()) if loaded is not None else "highest"
+
+
+def reduced_precision() -> str:
+    """Return whether 16-bit GEMMs may add partial sums in 16 bits; torch's default where it is not loaded."""
+    loaded = sys.modules.get("torch")
+    if loaded is None:
+        return "fp16=True bf16=True"  # torch's defaults
+    matmul = loaded.backends.cuda.matmul
+    return f"fp16={matmul.allow_fp16_reduced_precision_reduction} bf16={matmul.allow_bf16_reduced_precision_reduction}"

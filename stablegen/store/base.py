@@ -1,0 +1,98 @@
+"""What the client asks of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from stablegen.record import Record, SelfCheck, Verdict
+
+
+class FlaggedHit(BaseModel):
+    """A hit that was flagged, as ``stablegen warnings`` lists it.
+
+    ``token`` and ``runner_up`` are the texts of the two tokens that nearly tie at ``verdict.step``; ``recorded`` and
+    ``current`` say under which numerics the answer was computed and would be recomputed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    app: str | None
+    prompt: str
+    verdict: Verdict
+    token: str | None
+    runner_up: str | None
+    recorded: str
+    current: str
+    seen: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store holds: counts, and its size on disk in bytes."""
+
+    records: int
+    flagged_hits: int
+    self_checks: int
+    foreign: int
+    size: int
+    size_limit: int | None
+
+
+class Store(Protocol):
+    """Records by request key, and beside them the flagged hits and the self-checks.
+
+    An entry that fails its checks is reported (``CacheEntryWarning``) and treated as absent. Writing raises
+    ``CacheWriteError`` where the disk is full or fails.
+    """
+
+    path: Path
+
+    def get(self, key: str) -> Record | None:
+        """Return the record of a request, or None."""
+        ...
+
+    def put(self, records: Iterable[Record]) -> None:
+        """Write records in one transaction: all of them or none."""
+        ...
+
+    def records(self) -> Iterator[Record]:
+        """Yield every readable record, oldest first."""
+        ...
+
+    def flag(self, hit: FlaggedHit) -> None:
+        """Keep a flagged hit; the newest of a request under the same numerics stays."""
+        ...
+
+    def flagged(self) -> list[FlaggedHit]:
+        """Return the flagged hits, oldest first."""
+        ...
+
+    def get_check(self, name: str) -> SelfCheck | None:
+        """Return the self-check kept under a name, or None."""
+        ...
+
+    def put_check(self, name: str, check: SelfCheck) -> None:
+        """Keep a self-check."""
+        ...
+
+    def checks(self) -> list[SelfCheck]:
+        """Return every self-check."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Return what the store holds."""
+        ...
+
+    def clear(self) -> int:
+        """Remove everything; return how many records went."""
+        ...
+
+    def close(self) -> None:
+        """Release files."""
+        ...
