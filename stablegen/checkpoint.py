@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stablegen.errors import CheckpointError, HubError
+from stablegen.errors import CheckpointError, HubError, PolicyError
 from stablegen.request import ModelIdentity
 
 EMBEDDED = "tiny-gpt2"
 _PATTERNS = ["*.json", "*.safetensors"]
 _ATTEMPTS = 4
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +151,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def context_of(config: dict[str, Any]) -> int:
+def context_of(config: Mapping[str, Any]) -> int:
     """Return the longest sequence in tokens that a configuration allows."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
         if config.get(name):
             return int(config[name])
     raise CheckpointError("the model's configuration does not say how long its context is", accepted="n_positions, ...")
+
+
+def check_invariant(config: Mapping[str, Any]) -> None:
+    """Raise ``PolicyError`` for a model that the ``invariant`` engine does not compute."""
+    problem = None
+    if config.get("model_type") != "gpt2":
+        problem = f"the model is {config.get('model_type')!r}, not GPT-2"
+    elif config.get("activation_function", "gelu_new") not in _ACTIVATIONS:
+        problem = f"the model's activation is {config['activation_function']!r}, not one of {', '.join(_ACTIVATIONS)}"
+    elif config.get("add_cross_attention"):
+        problem = "the model has cross-attention"
+    if problem is not None:
+        raise PolicyError(
+            f"policy 'invariant' cannot run this model: {problem}",
+            accepted="'single', 'padded:N' or 'native' for this model",
+        )
 
 
 def token_ids(value: object) -> tuple[int, ...]:

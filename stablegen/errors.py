@@ -46,8 +46,11 @@ if TYPE_CHECKING:
 class StablegenError(Exception):
     """Say what is wrong, what is accepted and what to do.
 
-    ``problem`` states what was given; ``accepted`` what would have been; ``hint`` the next step.
+    ``problem`` states what was given; ``accepted`` what would have been; ``hint`` the next step. ``completions``
+    holds what was computed before the error, so that nothing is lost.
     """
+
+    completions: Sequence[Completion] = ()
 
     def __init__(self, problem: str, *, accepted: str | None = None, hint: str | None = None) -> None:
         self.problem = problem
@@ -146,9 +149,7 @@ class CacheDirectoryError(CacheError):
 
 
 class CacheWriteError(CacheError):
-    """A record that could not be written; ``completions`` holds what was computed, so nothing is lost."""
-
-    completions: Sequence[Completion] = ()
+    """A record that could not be written; ``completions`` holds what was computed."""
 
 
 class CacheSchemaError(CacheError):

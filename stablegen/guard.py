@@ -16,10 +16,13 @@ Verdicts that rest on it say so (``basis="prior"``).
 from __future__ import annotations
 
 from math import erfc, frexp, ldexp, sqrt
+from typing import TypeVar
 
 from stablegen.numerics import Numerics
 from stablegen.policy import load_policy
-from stablegen.record import Record, SelfCheck, Trace, Verdict
+from stablegen.record import Record, SelfCheck, Status, Trace, Verdict
+
+_T = TypeVar("_T")
 
 DEFAULT_ACCEPTED_RISK = 0.01
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -70,6 +73,42 @@ def judge(
         basis="prior",
         reason=_reason(record, numerics, same=same, check=check),
     )
+
+
+def compare(old: Record, fresh: Record) -> Verdict:
+    """Return the verdict on a hit after it was recomputed: equal bits, equal tokens, or where they part.
+
+    A ``diverged`` verdict names the old answer's token and the fresh one's at the first step that differs.
+    """
+    if old.trace is None or fresh.trace is None:
+        same = old.token_ids == fresh.token_ids
+        status: Status = "stable" if same else "diverged"
+        return Verdict(
+            status=status, probability=0.0 if same else 1.0, basis="verified", reason="recomputed; no trace to compare"
+        )
+    step = old.trace.first_difference(fresh.trace)
+    if step is not None:
+        return Verdict(
+            status="diverged",
+            probability=1.0,
+            step=step,
+            token=_at(old.trace.tokens, step),
+            runner_up=_at(fresh.trace.tokens, step),
+            margin=_at(old.trace.margins, step),
+            basis="verified",
+            reason=f"recomputed: the fresh answer differs from step {step} on",
+        )
+    bits = old.trace.score_hash == fresh.trace.score_hash
+    return Verdict(
+        status="exact" if bits else "stable",
+        probability=0.0,
+        basis="verified",
+        reason="recomputed: every score row has the same bits" if bits else "recomputed: same tokens, other scores",
+    )
+
+
+def _at(values: tuple[_T, ...], step: int) -> _T | None:
+    return values[step] if step < len(values) else None
 
 
 def flip_probabilities(trace: Trace, recorded: str, current: str) -> list[float]:

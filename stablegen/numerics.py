@@ -85,18 +85,19 @@ class Numerics(BaseModel):
         return f"{self.policy} {self.dtype} on {self.device_model}"
 
 
-def plan_numerics(policy: ExecutionPolicy, dtype: str, device: str, *, attention: str = "sdpa") -> Numerics:
-    """Return the numerics under which a miss would be computed now, without importing torch.
+def find_device(name: str, dtype: str) -> Device:
+    """Return the device that ``name`` means here, without importing torch.
 
-    ``attention`` is the attention implementation of the transformers model; ``invariant`` has its own.
     Raises ``DeviceError`` or ``DtypeError`` where this machine cannot.
     """
-    found = resolve_device(device, dtype, torch_has_cuda=torch_cuda_version() is not None, threads=cpu_threads())
-    return numerics_on(found, policy, dtype, attention=attention)
+    return resolve_device(name, dtype, torch_has_cuda=torch_cuda_version() is not None, threads=cpu_threads())
 
 
 def numerics_on(device: Device, policy: ExecutionPolicy, dtype: str, *, attention: str = "sdpa") -> Numerics:
-    """Return the numerics of a policy and dtype on a device."""
+    """Return the numerics of a policy and dtype on a device, known without importing torch.
+
+    ``attention`` is the attention implementation of the transformers model; ``invariant`` has its own.
+    """
     own = isinstance(policy, Invariant)
     kernel_set = "triton" if device.is_cuda else "reference"
     kernels = f"{kernel_set}/{KERNEL_VERSIONS[kernel_set]}" if own else f"transformers-{attention}/{ENGINE_VERSION}"

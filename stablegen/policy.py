@@ -71,6 +71,10 @@ class ExecutionPolicy(ABC):
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
         """Return batches that hold each request once."""
 
+    def width(self, length: int, context: int) -> int | None:
+        """Return the padded width in tokens of a prompt of ``length`` tokens; None where nothing is padded."""
+        return None
+
     def __str__(self) -> str:
         return self.spec
 
@@ -104,11 +108,19 @@ class Padded(ExecutionPolicy):
         """Return ``padded:N``."""
         return f"padded:{self.rows}"
 
+    def width(self, length: int, context: int) -> int:
+        """Return the next multiple of ``BUCKET`` above ``length``, or the context.
+
+        It is always wider than the prompt: were a row ever full, a batch of full rows would lose its mask inside
+        transformers and run another attention kernel than the same row beside a shorter one.
+        """
+        return min((length // BUCKET + 1) * BUCKET, context)
+
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
-        """Return batches of one bucket each, short groups filled with filler rows."""
+        """Return batches of one width each, short groups filled with filler rows."""
         buckets: dict[int, list[Request]] = {}
         for request in requests:
-            buckets.setdefault(bucket_width(len(request.prompt_ids), limits.context), []).append(request)
+            buckets.setdefault(self.width(len(request.prompt_ids), limits.context), []).append(request)
         batches = []
         real = self.rows if limits.slot_free else 1
         for width, members in sorted(buckets.items()):
@@ -149,15 +161,6 @@ class Native(ExecutionPolicy):
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
         """Return everything as one batch."""
         return [Batch(tuple(requests))] if requests else []
-
-
-def bucket_width(length: int, context: int) -> int:
-    """Return the width in tokens at which a prompt of ``length`` runs under ``padded:N``.
-
-    It is always wider than the prompt: were a row ever full, a batch of full rows would lose its mask inside
-    transformers and run another attention kernel than the same row beside a shorter one.
-    """
-    return min((length // BUCKET + 1) * BUCKET, context)
 
 
 def load_policy(spec: str | ExecutionPolicy) -> ExecutionPolicy:

@@ -197,14 +197,15 @@ class Verdict(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the caller gets; ``verdict`` is None for an answer computed just now.
+    """What the caller gets.
 
-    ``cached`` says whether the answer came from the cache as it was stored.
+    ``cached`` says whether the answer stood in the cache; for one computed just now, ``verdict`` is what it would be
+    judged if it were asked for again (or, where it replaces a hit, how the two compare).
     """
 
     record: Record
     cached: bool
-    verdict: Verdict | None = None
+    verdict: Verdict
 
     @property
     def text(self) -> str:
@@ -230,12 +231,14 @@ class Completion:
 class SelfCheck(BaseModel):
     """Whether a policy keeps its promise under one numerics with one model; ``checks`` says what was compared.
 
-    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either.
+    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width``: the padded width
+    in tokens at which ``padded:N`` was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     numerics: Numerics
+    width: int | None = None
     passed: bool
     slot_free: bool = True
     checks: dict[str, str] = {}

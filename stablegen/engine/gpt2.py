@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
+from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
 from stablegen.engine.decode import cpu_threads, decode
 from stablegen.engine.kv_cache import KVCache
-from stablegen.errors import CheckpointError, PolicyError
+from stablegen.errors import CheckpointError
 from stablegen.kernels.base import KernelSet, Linear
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 
 CHUNK = 2048
 """Tokens of one forward pass at most; longer prefills are cut, which moves no bit."""
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class GPT2:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        check_config(config)
+        check_invariant(config)
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
@@ -135,22 +135,6 @@ class GPT2:
         weight, bias = self.final_norm.weight, self.final_norm.bias
         normed = self.kernels.layer_norm(x, weight, bias, eps=self.eps, out_dtype=self.dtype)
         return self.kernels.linear(normed, self.head, out_dtype=torch.float32)
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ``PolicyError`` for a model that this forward pass does not compute."""
-    problem = None
-    if config.get("model_type") != "gpt2":
-        problem = f"the model is {config.get('model_type')!r}, not GPT-2"
-    elif config.get("activation_function", "gelu_new") not in ACTIVATIONS:
-        problem = f"the model's activation is {config['activation_function']!r}, not one of {', '.join(ACTIVATIONS)}"
-    elif config.get("add_cross_attention"):
-        problem = "the model has cross-attention"
-    if problem is not None:
-        raise PolicyError(
-            f"policy 'invariant' cannot run this model: {problem}",
-            accepted="'single', 'padded:N' or 'native' for this model",
-        )
 
 
 class GPT2Engine:

@@ -6,56 +6,74 @@ nothing is ever called ``exact`` under it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from stablegen.engine.base import Engine
-from stablegen.policy import Batch, Invariant, Padded, bucket_width, load_policy
+from stablegen.policy import BUCKET, Batch, Invariant, Padded, load_policy
 from stablegen.record import SelfCheck, Trace
 from stablegen.request import GenerationParams, ModelIdentity, Request
 
-_STEPS = 5
+_EQUAL, _BESIDE, _SLOT = "equal", "beside other rows", "in another slot"
+_STEPS = 4
 _LENGTHS = (21, 40)
-"""Prompt lengths of the needles, in tokens: inside one key block, and reaching towards the next."""
+"""Prompt lengths of the needles in tokens; the prompts beside them have other lengths."""
 
 
-def self_check(engine: Engine, vocabulary: int) -> SelfCheck:
-    """Return what the engine's policy keeps of its promise under its numerics, in a few seconds."""
+def self_check(engine: Engine, vocabulary: int, width: int | None = None) -> SelfCheck:
+    """Return what the engine's policy keeps of its promise under its numerics, in a few seconds.
+
+    ``width``: the padded width in tokens to measure at, for ``padded:N``; each width is a shape of its own.
+    """
     policy = load_policy(engine.numerics.policy)
     if not policy.promises:
         return SelfCheck(numerics=engine.numerics, passed=False, checks={"policy": f"{policy} promises nothing"})
-    context = engine.limits.context
-    needles = [_request(seed, min(length, context - _STEPS - 1), vocabulary) for seed, length in enumerate(_LENGTHS)]
-    others = [_request(100 + i, 1 + (7 * i) % min(60, context - _STEPS - 1), vocabulary) for i in range(40)]
-    checks: dict[str, str] = {}
-    for needle in needles:
-        alone = _alone(engine, needle)
-        checks |= _compare("repeated", alone, [_alone(engine, needle)])
-        if isinstance(policy, Padded):
-            same_bucket = [
-                other
-                for other in others
-                if bucket_width(len(other.prompt_ids), context) == bucket_width(len(needle.prompt_ids), context)
-            ]
-            rows = policy.rows
-            beside = [Batch((needle, *same_bucket[start : start + rows - 1])) for start in (0, 5)]
-            moved = [Batch((*same_bucket[: rows - 1], needle)), Batch((*[None] * (rows // 2), needle))]
-            checks |= _compare("beside other rows", alone, _needle(engine, policy, beside, needle))
-            checks |= _compare("in another slot", alone, _needle(engine, policy, moved, needle))
-        if isinstance(policy, Invariant):
-            batches = [
-                Batch((needle, *others[:2])),
-                Batch((*others[:8], needle)),
-                Batch((*others[8:20], needle, *others[20:25])),
-                Batch((*others[:33], needle)),
-            ]
-            checks |= _compare("beside other rows", alone, _needle(engine, None, batches[:1], needle))
-            checks |= _compare("in another slot", alone, _needle(engine, None, batches[1:], needle))
-            checks |= _prefill_against_decode(engine, needle, alone)
-    slot_free = checks.get("in another slot", "equal") == "equal"
+    if isinstance(policy, Padded):
+        assert width is not None
+        checks = _check_padded(engine, vocabulary, policy.rows, width)
+    else:
+        longest = engine.limits.context - _STEPS - 1
+        needles = [_request(seed, min(length, longest), vocabulary) for seed, length in enumerate(_LENGTHS)]
+        others = [_request(100 + i, 1 + (7 * i) % min(32, longest), vocabulary) for i in range(16)]
+        checks = {}
+        for needle in needles:
+            checks |= _check_rows(engine, needle, others, packed=isinstance(policy, Invariant))
     # a padded row can be kept in slot 0; under `invariant` the slot is part of the promise
-    excused = {"in another slot"} if isinstance(policy, Padded) else set()
-    passed = all(result == "equal" for name, result in checks.items() if name not in excused)
-    return SelfCheck(numerics=engine.numerics, passed=passed, slot_free=slot_free, checks=checks)
+    excused = {_SLOT} if isinstance(policy, Padded) else set()
+    return SelfCheck(
+        numerics=engine.numerics,
+        width=width,
+        passed=all(result == _EQUAL for name, result in checks.items() if name not in excused),
+        slot_free=checks.get(_SLOT, _EQUAL) == _EQUAL,
+        checks=checks,
+    )
+
+
+def _check_padded(engine: Engine, vocabulary: int, rows: int, width: int) -> dict[str, str]:
+    longest = min(width, engine.limits.context - _STEPS) - 1
+    shortest = max(1, longest - BUCKET + 2)
+    needle, *others = [
+        _request(seed, max(shortest, longest - 11 * seed % BUCKET), vocabulary) for seed in range(1, min(rows, 8) + 1)
+    ]
+    filler = (None,) * (rows - 1 - len(others))
+    alone = _trace(engine, Batch((needle, *[None] * (rows - 1)), width), needle)
+    beside = _trace(engine, Batch((needle, *others, *filler), width), needle)
+    checks = _compare(_BESIDE, alone, [beside])
+    if rows > 1:
+        moved = [Batch((*others, *filler, needle), width)]
+        if rows > 2:
+            moved.append(Batch((*filler, *others[:1], needle, *others[1:]), width))
+        checks |= _compare(_SLOT, alone, [_trace(engine, batch, needle) for batch in moved])
+    return checks
+
+
+def _check_rows(engine: Engine, needle: Request, others: list[Request], *, packed: bool) -> dict[str, str]:
+    alone = _trace(engine, Batch((needle,)), needle)
+    checks = _compare("repeated", alone, [_trace(engine, Batch((needle,)), needle)])
+    if packed:
+        beside = [Batch((needle, *others[:2]))]
+        moved = [Batch((*others[:8], needle)), Batch((*others[:11], needle, *others[11:]))]
+        checks |= _compare(_BESIDE, alone, [_trace(engine, batch, needle) for batch in beside])
+        checks |= _compare(_SLOT, alone, [_trace(engine, batch, needle) for batch in moved])
+        checks |= _prefill_against_decode(engine, needle, alone)
+    return checks
 
 
 def _request(seed: int, length: int, vocabulary: int) -> Request:
@@ -67,22 +85,8 @@ def _request(seed: int, length: int, vocabulary: int) -> Request:
     return Request(tuple(ids), params, ModelIdentity(source="digest", digest="self-check"), "")
 
 
-def _alone(engine: Engine, needle: Request) -> Trace:
-    policy = load_policy(engine.numerics.policy)
-    (batch,) = policy.plan([needle], engine.limits)
-    return next(iter(engine.generate(batch))).trace
-
-
-def _needle(engine: Engine, policy: Padded | None, batches: Iterable[Batch], needle: Request) -> list[Trace]:
-    traces = []
-    for batch in batches:
-        planned = batch
-        if policy is not None:
-            filler = (None,) * (policy.rows - len(batch.rows))
-            width = bucket_width(len(needle.prompt_ids), engine.limits.context)
-            planned = Batch((*batch.rows, *filler), width)
-        traces += [done.trace for done in engine.generate(planned) if done.request is needle]
-    return traces
+def _trace(engine: Engine, batch: Batch, needle: Request) -> Trace:
+    return next(done.trace for done in list(engine.generate(batch)) if done.request is needle)
 
 
 def _prefill_against_decode(engine: Engine, needle: Request, decoded: Trace) -> dict[str, str]:
@@ -93,10 +97,10 @@ def _prefill_against_decode(engine: Engine, needle: Request, decoded: Trace) -> 
             needle.model,
             needle.tokenizer,
         )
-        prefilled = _alone(engine, longer)
+        prefilled = _trace(engine, Batch((longer,)), longer)
         if prefilled.score_hash[0] != decoded.score_hash[step]:
             return {"prefill against decode": f"score rows differ at step {step}"}
-    return {"prefill against decode": "equal"}
+    return {"prefill against decode": _EQUAL}
 
 
 def _compare(name: str, alone: Trace, others: list[Trace]) -> dict[str, str]:
@@ -104,4 +108,4 @@ def _compare(name: str, alone: Trace, others: list[Trace]) -> dict[str, str]:
         for step, (mine, theirs) in enumerate(zip(alone.score_hash, other.score_hash, strict=True)):
             if mine != theirs:
                 return {name: f"score rows differ at step {step}"}
-    return {name: "equal"}
+    return {name: _EQUAL}

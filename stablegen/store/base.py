@@ -16,7 +16,7 @@ class FlaggedHit(BaseModel):
     """A hit that was flagged, as ``stablegen warnings`` lists it.
 
     ``token`` and ``runner_up`` are the texts of the two tokens that nearly tie at ``verdict.step``; ``recorded`` and
-    ``current`` say under which numerics the answer was computed and would be recomputed.
+    ``current`` say in words under which numerics the answer was computed and would be recomputed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,7 +28,9 @@ class FlaggedHit(BaseModel):
     token: str | None
     runner_up: str | None
     recorded: str
+    recorded_digest: str
     current: str
+    current_digest: str
     seen: float
 
 

@@ -100,7 +100,7 @@ class DiskStore:
 
     def flag(self, hit: FlaggedHit) -> None:
         """Keep a flagged hit; the newest of a request under the same numerics stays."""
-        self._write({f"{_FLAG}{hit.key}:{hit.current}": hit.model_dump_json().encode()})
+        self._write({f"{_FLAG}{hit.key}:{hit.current_digest}": hit.model_dump_json().encode()})
 
     def flagged(self) -> list[FlaggedHit]:
         """Return the flagged hits, oldest first."""

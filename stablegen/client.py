@@ -1,0 +1,551 @@
+"""The one orchestrator: prompts become requests, hits are judged, the rest is run, recorded and returned."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
+
+from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
+from stablegen.device import Device
+from stablegen.engine.base import Engine, Generated
+from stablegen.errors import (
+    CacheWriteError,
+    ConfigError,
+    DeviceError,
+    DivergenceRiskError,
+    EngineError,
+    MarginWarning,
+    PromiseWarning,
+    RecordNotFoundError,
+    StablegenError,
+)
+from stablegen.guard import DEFAULT_ACCEPTED_RISK, compare, judge
+from stablegen.numerics import Numerics, find_device, numerics_on
+from stablegen.policy import ExecutionPolicy, Invariant, load_policy
+from stablegen.record import Completion, Record, SelfCheck, Verdict
+from stablegen.request import GenerationParams, ModelIdentity, Request, check_fits, check_prompt
+from stablegen.store.base import FlaggedHit, Store
+from stablegen.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from stablegen.config import Effective
+
+OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
+Progress = Callable[[int, int], None]
+"""Called with how many distinct requests of a call are done, and how many there are."""
+
+log = logging.getLogger("stablegen")
+
+
+class ModelSource(Protocol):
+    """A model that can be asked about without being loaded."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Return which weights these are."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return the model's configuration."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Return the longest sequence in tokens."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of token ids."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Return the ids that end an answer unless the caller names others."""
+        ...
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one call has still to compute, and what stood in the cache for it."""
+
+    requests: dict[str, Request] = field(default_factory=dict)
+    hits: dict[str, Record] = field(default_factory=dict)
+
+
+class Client:
+    """A cached generation client with a determinism guard.
+
+    Made by ``Client.from_pretrained``, ``Client.for_app``, or around a transformers model already loaded:
+    ``Client(model, tokenizer)``. ``policy`` is how misses run, ``on_risk`` what happens to a flagged hit,
+    ``accepted_risk`` the probability of divergence up to which a hit counts as stable, ``cache_dir`` the folder of
+    the cache (None: the user's), ``size_limit`` its size in bytes (None: nothing is ever evicted).
+
+    The model is loaded at the first miss. Raises a subclass of ``StablegenError`` for anything it cannot do.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        policy: str | ExecutionPolicy = "single",
+        on_risk: OnRisk = "warn",
+        accepted_risk: float = DEFAULT_ACCEPTED_RISK,
+        cache_dir: str | Path | None = None,
+        size_limit: int | None = None,
+        app: str | None = None,
+    ) -> None:
+        from stablegen.hf import LoadedModel
+
+        loaded = LoadedModel(model)
+        self._set_up(
+            loaded,
+            loaded.start,
+            Tokenizer.from_object(tokenizer),
+            policy=load_policy(policy),
+            dtype=loaded.dtype,
+            device=find_device(loaded.device, loaded.dtype),
+            attention=loaded.attention,
+            on_risk=on_risk,
+            accepted_risk=accepted_risk,
+            store=_open_store(cache_dir, size_limit),
+            app=app,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        policy: str | ExecutionPolicy | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        cache_dir: str | Path | None = None,
+        on_risk: OnRisk | None = None,
+        accepted_risk: float | None = None,
+        size_limit: int | None = None,
+        app: str | None = None,
+    ) -> Client:
+        """Return a client for a hub name, a local directory, or (None) the embedded ``tiny-gpt2``.
+
+        What is left None comes from the environment (``STABLEGEN_POLICY`` ...), the app's settings, the defaults of
+        the configuration file, and last from here: ``policy="invariant"``, ``dtype="float32"``, ``device="auto"``,
+        ``on_risk="warn"``, ``accepted_risk=0.01``.
+        """
+        from stablegen.config import load_settings
+
+        given: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "policy": policy,
+            "dtype": dtype,
+            "device": device,
+            "cache_dir": cache_dir,
+            "on_risk": on_risk,
+            "accepted_risk": accepted_risk,
+            "size_limit": size_limit,
+        }
+        return cls.from_settings(load_settings(app, **{k: v for k, v in given.items() if v is not None}))
+
+    @classmethod
+    def for_app(cls, app: str) -> Client:
+        """Return a client with the settings of an app from the configuration."""
+        return cls.from_pretrained(app=app)
+
+    @classmethod
+    def from_settings(cls, effective: Effective) -> Client:
+        """Return a client with settings already resolved."""
+        settings = effective.settings
+        store = _open_store(settings.cache_dir, settings.size_limit)
+        try:
+            memory = DigestMemory(store.path / "digests.json")
+            checkpoint = open_checkpoint(settings.model, settings.revision, memory)
+            device = find_device(settings.device, settings.dtype)
+
+            def start(numerics: Numerics) -> Engine:
+                from stablegen.engine.loading import load_engine
+
+                return load_engine(checkpoint, numerics, device.name)
+
+            client = cls.__new__(cls)
+            client._set_up(
+                checkpoint,
+                start,
+                Tokenizer.from_file(checkpoint.tokenizer_file, memory),
+                policy=load_policy(settings.policy),
+                dtype=settings.dtype,
+                device=device,
+                attention="sdpa",
+                on_risk=settings.on_risk,
+                accepted_risk=settings.accepted_risk,
+                store=store,
+                app=effective.app,
+            )
+        except BaseException:
+            store.close()
+            raise
+        return client
+
+    def _set_up(
+        self,
+        source: ModelSource,
+        start: Callable[[Numerics], Engine],
+        tokenizer: Tokenizer,
+        *,
+        policy: ExecutionPolicy,
+        dtype: str,
+        device: Device,
+        attention: str,
+        on_risk: OnRisk,
+        accepted_risk: float,
+        store: Store,
+        app: str | None,
+    ) -> None:
+        if on_risk not in get_args(OnRisk):
+            raise ConfigError(f"on_risk={on_risk!r}", accepted=", ".join(get_args(OnRisk)))
+        if not 0.0 <= accepted_risk <= 1.0:
+            raise ConfigError(f"accepted_risk={accepted_risk!r}", accepted="a probability from 0 to 1")
+        if isinstance(policy, Invariant):
+            check_invariant(source.config)
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.on_risk = on_risk
+        self.accepted_risk = accepted_risk
+        self.app = app
+        self.store = store
+        self.numerics = numerics_on(device, policy, dtype, attention=attention)
+        self._source = source
+        self._start_engine = start
+        self._identity = source.identity
+        self._engine: Engine | None = None
+        self._checks: dict[int | None, SelfCheck] = {}
+        self._kept: set[tuple[str, str]] = set()
+        self._lock = threading.RLock()
+        self._asked = lru_cache(maxsize=65536)(self._ask)
+        self._budgets: dict[int, GenerationParams] = {}
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    @overload
+    def complete(self, prompts: str, *, progress: Progress | None = None, **params: Any) -> Completion: ...
+    @overload
+    def complete(
+        self, prompts: Sequence[str], *, progress: Progress | None = None, **params: Any
+    ) -> list[Completion]: ...
+
+    def complete(
+        self, prompts: str | Sequence[str], *, progress: Progress | None = None, **params: Any
+    ) -> Completion | list[Completion]:
+        """Return the completion of a prompt, or those of several in their order; equal ones are computed once.
+
+        ``params``: ``max_new_tokens`` (tokens, 64 unless given) and ``eos_token_id`` (the model's unless given).
+        Where part of a call fails, the rest is done and cached first; the error's ``completions`` hold it.
+        """
+        parameters = self._params(params)
+        if isinstance(prompts, str):
+            return self._run([self._asked(check_prompt(prompts), parameters)], progress)[0]
+        items: Any = prompts
+        if not isinstance(items, Sequence):
+            check_prompt(items)
+        return self._run([self._asked(check_prompt(prompt), parameters) for prompt in prompts], progress)
+
+    def request(self, prompt: str, **params: Any) -> Request:
+        """Return the request that ``complete`` would make of a prompt; raise the same errors for bad input."""
+        return self._asked(check_prompt(prompt), self._params(params))[1]
+
+    def run(self, requests: Iterable[Request], *, progress: Progress | None = None) -> list[Completion]:
+        """Return the completions of requests made by ``request`` or the drop-in, in their order."""
+        context, vocabulary = self._source.context, self._source.vocabulary
+        asked = [(request.key, check_fits(request, context, vocabulary)) for request in requests]
+        return self._run(asked, progress)
+
+    def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
+        """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.
+
+        Takes ``input_ids``, ``attention_mask``, ``max_new_tokens``, ``eos_token_id``, ``pad_token_id``,
+        ``do_sample=False`` and ``return_dict_in_generate``; anything else raises ``UnsupportedParameterError``.
+        The output's ``completions`` carry records and verdicts.
+        """
+        from stablegen.hf import generate
+
+        return generate(self, inputs, **arguments)
+
+    def make_request(self, prompt_ids: Sequence[int], arguments: dict[str, Any]) -> Request:
+        """Return the request for prompt token ids and a caller's generation arguments."""
+        return Request(tuple(prompt_ids), self._params(arguments), self.model, self.tokenizer.digest)
+
+    @property
+    def model(self) -> ModelIdentity:
+        """Return which weights answer; a model object that was changed in place is another one."""
+        identity = self._source.identity
+        if identity is not self._identity:
+            self._identity, self._engine = identity, None
+            self._checks.clear()
+            self._asked.cache_clear()
+        return identity
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def inspect(self, key: str) -> Record:
+        """Return the record under a key; raise ``RecordNotFoundError`` where there is none."""
+        record = self.store.get(key)
+        if record is None:
+            raise RecordNotFoundError(
+                f"no record under the key {key!r} in {self.store.path}",
+                accepted="a completion's key, 64 hexadecimal digits",
+                hint="`stablegen cache export` lists all of them",
+            )
+        return record
+
+    def judge(self, record: Record) -> Verdict:
+        """Return the guard's verdict on a record under this client's numerics."""
+        check = self._check(record.composition.width)
+        return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk)
+
+    def warnings(self) -> list[FlaggedHit]:
+        """Return the hits that were flagged, oldest first."""
+        return self.store.flagged()
+
+    def self_check(self) -> SelfCheck:
+        """Load the engine and return what its policy keeps of its promise here, measured now.
+
+        Under ``padded:N`` every width is measured when it is first used; this measures the narrowest.
+        """
+        with self._lock:
+            self._start()
+            return self._measure(self.policy.width(1, self._source.context))
+
+    def close(self) -> None:
+        """Release the cache and the model."""
+        self._engine = None
+        self.store.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- one request's way -------------------------------------------------------------------------------------
+
+    def _params(self, arguments: dict[str, Any]) -> GenerationParams:
+        budget = arguments.get("max_new_tokens")
+        plain = len(arguments) == 1 and type(budget) is int
+        known = self._budgets.get(budget) if plain and budget is not None else None
+        if known is not None:
+            return known
+        params = GenerationParams.from_arguments(arguments, eos_token_ids=self._source.eos_token_ids)
+        if plain:
+            self._budgets[params.max_new_tokens] = params
+        return params
+
+    def _ask(self, prompt: str, params: GenerationParams) -> tuple[str, Request]:
+        request = Request(self.tokenizer.encode(prompt), params, self._identity, self.tokenizer.digest, prompt)
+        return request.key, check_fits(request, self._source.context, self._source.vocabulary)
+
+    def _run(self, asked: list[tuple[str, Request]], progress: Progress | None) -> list[Completion]:
+        results: dict[str, Completion] = {}
+        work = self._look_up(asked, results)
+        if work.requests:
+            with self._lock:
+                if self._start():
+                    # the device is not what its metadata said: what was judged has to be judged again
+                    results.clear()
+                    work = self._look_up(asked, results)
+                self._compute(work, results, progress)
+        return [results[key] for key, _ in asked]
+
+    def _look_up(self, asked: list[tuple[str, Request]], results: dict[str, Completion]) -> _Work:
+        work = _Work()
+        for key, request in asked:
+            if key in results or key in work.requests:
+                continue
+            record = self.store.get(key)
+            if record is None:
+                work.requests[key] = request
+                continue
+            verdict = self.judge(record)
+            if verdict.flagged:
+                self._flag(record, verdict)
+                if self.on_risk == "raise":
+                    raise DivergenceRiskError(
+                        f"the cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}",
+                        key=key,
+                        verdict=verdict,
+                        hint="Recompute it with on_risk='recompute', or accept it with on_risk='serve'",
+                    )
+                if self.on_risk in ("verify", "recompute"):
+                    work.requests[key], work.hits[key] = request, record
+                    continue
+            results[key] = Completion(record, cached=True, verdict=verdict)
+        return work
+
+    def _compute(self, work: _Work, results: dict[str, Completion], progress: Progress | None) -> None:
+        assert self._engine is not None
+        total = len(results) + len(work.requests)
+        failure: StablegenError | None = None
+        widths: dict[int | None, list[Request]] = {}
+        for request in work.requests.values():
+            width = self.policy.width(len(request.prompt_ids), self._source.context)
+            widths.setdefault(width, []).append(request)
+        for width, requests in widths.items():
+            check = self._check(width) or self._measure(width)
+            for batch in self.policy.plan(requests, replace(self._engine.limits, slot_free=check.slot_free)):
+                fresh: list[Record] = []
+                try:
+                    for generated in self._engine.generate(batch):
+                        fresh.append(self._record(generated, work))
+                        if progress is not None:
+                            progress(len(results) + len(fresh), total)
+                except (EngineError, DeviceError) as error:
+                    failure = failure or error
+                finally:  # also when interrupted: what is finished is kept
+                    self._keep(fresh, work, results)
+        if failure is not None:
+            failure.completions = tuple(results.values())
+            raise failure
+
+    def _record(self, generated: Generated, work: _Work) -> Record:
+        request, tokens = generated.request, generated.trace.tokens
+        record = Record(
+            key=request.key,
+            request=request,
+            token_ids=tokens,
+            text=self.tokenizer.decode(tokens),
+            finish_reason=generated.finish_reason,
+            trace=generated.trace,
+            numerics=self.numerics,
+            composition=generated.composition,
+            created=time.time(),
+            seconds=generated.seconds,
+        )
+        return record.superseding(work.hits.get(record.key))
+
+    def _keep(self, fresh: list[Record], work: _Work, results: dict[str, Completion]) -> None:
+        for record in fresh:
+            old = work.hits.get(record.key)
+            if old is None:
+                verdict, stands = self.judge(record), False
+            else:
+                verdict = compare(old, record)
+                self._note(old, verdict)
+                stands = self.on_risk == "verify" and not verdict.flagged
+            results[record.key] = Completion(record, cached=stands, verdict=verdict)
+        try:
+            if fresh:
+                self.store.put(fresh)
+        except CacheWriteError as error:
+            error.completions = tuple(results.values())
+            raise
+
+    # -- engine and promise ------------------------------------------------------------------------------------
+
+    def _start(self) -> bool:
+        """Load the engine if need be; return whether its numerics are other than planned."""
+        if self._engine is None:
+            self._engine = self._start_engine(self.numerics)
+            if self._engine.numerics != self.numerics:
+                log.warning("numerics are not as planned: %s", self.numerics.differences(self._engine.numerics))
+                self.numerics = self._engine.numerics
+                self._checks.clear()
+                return True
+        return False
+
+    def _check_name(self, width: int | None) -> str:
+        return ":".join((self.numerics.digest, *self._identity.identity.values(), str(width)))
+
+    def _check(self, width: int | None) -> SelfCheck | None:
+        check = self._checks.get(width)
+        if check is None:
+            check = self.store.get_check(self._check_name(width))
+            if check is not None:
+                self._checks[width] = check
+        return check
+
+    def _measure(self, width: int | None) -> SelfCheck:
+        from stablegen.engine.self_check import self_check
+
+        assert self._engine is not None
+        check = self_check(self._engine, self._source.vocabulary, width)
+        if self.policy.promises:
+            self.store.put_check(self._check_name(width), check)
+            if not check.passed:
+                warnings.warn(
+                    f"policy {self.policy} does not keep its promise on this machine, so nothing is judged exact "
+                    f"under it: {check.checks}. `stablegen doctor` shows the details",
+                    PromiseWarning,
+                    stacklevel=2,
+                )
+        self._checks[width] = check
+        return check
+
+    # -- flagged hits ------------------------------------------------------------------------------------------
+
+    def _flag(self, record: Record, verdict: Verdict) -> None:
+        text = f"cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}"
+        log.info("%s (key %s)", text, record.key)
+        if (record.key, self.numerics.digest) not in self._kept:
+            self._note(record, verdict)
+            self._kept.add((record.key, self.numerics.digest))
+        if self.on_risk != "serve":
+            warnings.warn(text, MarginWarning, stacklevel=5)
+
+    def _note(self, record: Record, verdict: Verdict) -> None:
+        """Keep a flagged hit in the store, with the two tokens as text."""
+        self.store.flag(
+            FlaggedHit(
+                key=record.key,
+                app=self.app,
+                prompt=record.request.prompt or self.tokenizer.decode(record.request.prompt_ids),
+                verdict=verdict,
+                token=None if verdict.token is None else self.tokenizer.token(verdict.token),
+                runner_up=None if verdict.runner_up is None else self.tokenizer.token(verdict.runner_up),
+                recorded=record.numerics.summary(),
+                recorded_digest=record.numerics.digest,
+                current=self.numerics.summary(),
+                current_digest=self.numerics.digest,
+                seen=time.time(),
+            )
+        )
+
+    def _describe(self, verdict: Verdict) -> str:
+        if verdict.step is None or verdict.token is None or verdict.runner_up is None:
+            return verdict.reason
+        first, second = self.tokenizer.token(verdict.token), self.tokenizer.token(verdict.runner_up)
+        chance = "" if verdict.probability is None else f", probability of divergence {verdict.probability:.3g}"
+        margin = "" if verdict.margin is None else f", margin {verdict.margin:.3g}"
+        return f"step {verdict.step}, {first!r} against {second!r}{margin}{chance} ({verdict.basis}); {verdict.reason}"
+
+
+def _shown(record: Record) -> str:
+    return f"{record.request.prompt!r:.60}" if record.request.prompt else f"{record.key[:12]}"
+
+
+def _open_store(cache_dir: str | Path | None, size_limit: int | None) -> Store:
+    from stablegen.store.disk import DiskStore
+
+    return DiskStore(cache_path(cache_dir), size_limit=size_limit)
+
+
+def cache_path(cache_dir: str | Path | None) -> Path:
+    """Return the cache's directory; None means the user's own cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("stablegen")

@@ -1,0 +1,143 @@
+"""Make the engine that a policy asks for, from a checkpoint's files or a model already loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from stablegen.checkpoint import Checkpoint, weight_files
+from stablegen.device import Device
+from stablegen.engine.base import Engine
+from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.engine.transformers import TransformersEngine
+from stablegen.errors import CheckpointError, DeviceError
+from stablegen.kernels.base import KernelSet
+from stablegen.numerics import Numerics, numerics_on
+from stablegen.policy import Invariant, load_policy
+
+
+def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str) -> Engine:
+    """Return the engine for ``planned`` over a checkpoint's weights, on torch's ``device``.
+
+    Its ``numerics`` are what torch reports. Raises ``CheckpointError`` for weights that are damaged, incomplete or
+    not finite, ``DeviceError`` where torch cannot use the device.
+    """
+    policy = load_policy(planned.policy)
+    dtype = getattr(torch, planned.dtype)
+    target = torch_device(device)
+    if isinstance(policy, Invariant):
+        tensors = _read_weights(checkpoint)
+        model = GPT2(checkpoint.config, tensors, kernels_for(target), dtype=dtype, device=target)
+        return GPT2Engine(model, observed(planned, target))
+    loaded = _load_transformers(checkpoint, dtype, target)
+    numerics = observed(planned, target, attention=loaded.config._attn_implementation)
+    return TransformersEngine(loaded, numerics, context=checkpoint.context)
+
+
+def wrap_model(model: Any, planned: Numerics, context: int) -> Engine:
+    """Return the engine for ``planned`` around a transformers model that is loaded already, where it is."""
+    if isinstance(load_policy(planned.policy), Invariant):
+        config = model.config.to_dict()
+        kernels = kernels_for(model.device)
+        own = GPT2(config, model.state_dict(), kernels, dtype=getattr(torch, planned.dtype), device=model.device)
+        return GPT2Engine(own, observed(planned, model.device))
+    numerics = observed(planned, model.device, attention=model.config._attn_implementation)
+    return TransformersEngine(model, numerics, context=context)
+
+
+def kernels_for(device: torch.device) -> KernelSet:
+    """Return the kernel set of a device: Triton's on CUDA, torch's on a CPU."""
+    if device.type == "cuda":
+        from stablegen.kernels.triton import TritonKernels
+
+        return TritonKernels()
+    from stablegen.kernels.reference import ReferenceKernels
+
+    return ReferenceKernels()
+
+
+def torch_device(name: str) -> torch.device:
+    """Return torch's device; raise ``DeviceError`` where torch cannot use it."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        try:
+            torch.cuda.get_device_properties(device)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceError(
+                f"torch cannot use the device {name}: {error}", hint="Check the driver, or use device='cpu'"
+            ) from error
+    return device
+
+
+def observed(planned: Numerics, device: torch.device, *, attention: str = "sdpa") -> Numerics:
+    """Return the numerics as torch reports them; equal to ``planned`` unless metadata misled the plan."""
+    if device.type != "cuda":
+        found = Device("cpu", planned.device_model, instruction_set=planned.instruction_set, threads=planned.threads)
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        found = Device(
+            str(device),
+            properties.name,
+            capability=(properties.major, properties.minor),
+            sm_count=properties.multi_processor_count,
+        )
+    return numerics_on(found, load_policy(planned.policy), planned.dtype, attention=attention)
+
+
+def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(checkpoint.directory):
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}", hint="Download or save it again") from error
+    _check_finite(tensors.items(), str(checkpoint.directory))
+    return tensors
+
+
+def _load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        # transformers would go on with random numbers in their place
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint.directory} has no weights for {', '.join(missing[:4])}"
+            + (f" and {len(missing) - 4} others" if len(missing) > 4 else "")
+        )
+    _check_finite(model.state_dict().items(), str(checkpoint.directory))
+    return model.eval().to(device)
+
+
+def _check_finite(tensors: Any, where: str) -> None:
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise CheckpointError(
+            f"the weights in {where} hold NaN or infinity: {', '.join(bad[:4])}",
+            hint="Save or download the model again, or use a dtype that can hold its weights",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
