@@ -421,12 +421,11 @@ class Client:
             raise failure
 
     def _record(self, generated: Generated, work: _Work) -> Record:
-        request, tokens = generated.request, generated.trace.tokens
+        request = generated.request
         record = Record(
             key=request.key,
             request=request,
-            token_ids=tokens,
-            text=self.tokenizer.decode(tokens),
+            text=self.tokenizer.decode(generated.trace.tokens),
             finish_reason=generated.finish_reason,
             trace=generated.trace,
             numerics=self.numerics,

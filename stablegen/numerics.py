@@ -25,7 +25,7 @@ from stablegen.policy import ExecutionPolicy, Invariant
 ENGINE_VERSION = 1
 """Raised whenever the transformers engine would give other bits for the same request."""
 KERNEL_VERSIONS = {"triton": 1, "reference": 1}
-"""Raised whenever a kernel set would give other bits; the kernel sets read theirs from here."""
+"""Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",

@@ -4,7 +4,10 @@ A stored record is self-describing and checked on reading::
 
     magic "SGREC" | version u8 | digest of all that follows (SHA-256, 32 bytes)
     | key (32 bytes) | header length u32 | prompt tokens u32 | steps u32 | superseded length u32
-    | header (JSON) | prompt ids u32[] | trace columns | superseded record, in the same form
+    | header | prompt ids u32[] | trace columns | superseded record, in the same form
+
+The header is four lines of JSON: parameters, model, numerics (each the same in thousands of records, so each is
+parsed once), and what is the record's own.
 
 All integers are little-endian. Nothing is ever unpickled.
 """
@@ -16,12 +19,13 @@ import json
 import struct
 import sys
 from array import array
-from dataclasses import asdict, astuple, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from stablegen.errors import CacheSchemaError, CorruptEntryError
 from stablegen.numerics import Numerics
@@ -35,24 +39,66 @@ Basis = Literal["numerics", "prior", "calibrated", "verified", "none"]
 _MAGIC = b"SGREC"
 _START = len(_MAGIC) + 1 + 32
 _LAYOUT = struct.Struct("<32sIIII")
+_HEADER_AT = _START + _LAYOUT.size
 # tokens, runner-ups, scores, runner-up scores, hashes
 _COLUMNS = ("I", "I", "f", "f", "Q")
+_OFFSETS = (0, 4, 8, 12, 16)
 _STEP_BYTES = 24
 
 
-@dataclass(frozen=True, slots=True)
 class Trace:
     """What each generated step looked like; every attribute has one entry a step.
 
     ``tokens`` and ``runner_ups`` are token ids, ``scores`` and ``runner_up_scores`` float32, ``margins`` their
-    difference rounded to float32, ``score_hash`` a 64-bit hash of the bits of the step's full score row.
+    difference rounded to float32, ``score_hash`` a 64-bit hash of the bits of the step's full score row. Columns stay
+    bytes until they are looked at: most hits are served without.
     """
 
-    tokens: tuple[int, ...]
-    runner_ups: tuple[int, ...]
-    scores: tuple[float, ...]
-    runner_up_scores: tuple[float, ...]
-    score_hash: tuple[int, ...]
+    __slots__ = ("_columns", "_data", "_steps")
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._steps = len(data) // _STEP_BYTES
+        self._columns: dict[int, tuple[Any, ...]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[int],
+        runner_ups: Sequence[int],
+        scores: Sequence[float],
+        runner_up_scores: Sequence[float],
+        score_hash: Sequence[int],
+    ) -> Trace:
+        """Return the trace with these columns, scores rounded to float32."""
+        columns = (tokens, runner_ups, scores, runner_up_scores, score_hash)
+        assert len({len(column) for column in columns}) == 1
+        return cls(b"".join(_pack(code, column) for code, column in zip(_COLUMNS, columns, strict=True)))
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Return the token chosen at each step."""
+        return self._column(0)
+
+    @property
+    def runner_ups(self) -> tuple[int, ...]:
+        """Return the second-best token of each step."""
+        return self._column(1)
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Return the score of each step's token."""
+        return self._column(2)
+
+    @property
+    def runner_up_scores(self) -> tuple[float, ...]:
+        """Return the score of each step's runner-up."""
+        return self._column(3)
+
+    @property
+    def score_hash(self) -> tuple[int, ...]:
+        """Return the 64-bit hash of each step's full score row."""
+        return self._column(4)
 
     @property
     def margins(self) -> tuple[float, ...]:
@@ -61,48 +107,57 @@ class Trace:
         return tuple(array("f", [best - second for best, second in pairs]))
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self._steps
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Trace) and self._data == other._data
+
+    def __hash__(self) -> int:
+        return hash(self._data)
+
+    def __repr__(self) -> str:
+        return f"Trace({self._steps} steps, tokens={self.tokens})"
+
+    def __bytes__(self) -> bytes:
+        """Return the columns one after the other, little-endian, 24 bytes a step."""
+        return self._data
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that stand for all score rows of the trace."""
-        return hashlib.sha256(_column("Q", self.score_hash)).hexdigest()[:16]
+        return hashlib.sha256(_pack("Q", self.score_hash)).hexdigest()[:16]
 
     def first_difference(self, other: Trace) -> int | None:
-        """Return the first step at which the tokens differ; None where one is the other."""
+        """Return the first step at which the tokens differ; None where they are the same."""
         for step, (mine, theirs) in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if mine != theirs:
                 return step
         return None if len(self) == len(other) else min(len(self), len(other))
 
-    def to_bytes(self) -> bytes:
-        """Return the columns one after the other, little-endian, 24 bytes a step."""
-        columns = (self.tokens, self.runner_ups, self.scores, self.runner_up_scores, self.score_hash)
-        return b"".join(_column(code, column) for code, column in zip(_COLUMNS, columns, strict=True))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Trace:
-        """Return the trace whose ``to_bytes`` is ``data``."""
-        steps = len(data) // _STEP_BYTES
-        columns: list[Any] = []
-        offset = 0
-        for code in _COLUMNS:
-            column = array(code)
-            column.frombytes(data[offset : (offset := offset + steps * column.itemsize)])
-            if sys.byteorder == "big":  # pragma: no cover - no such machine in CI
-                column.byteswap()
-            columns.append(tuple(column))
-        return cls(*columns)
+    def _column(self, index: int) -> tuple[Any, ...]:
+        column = self._columns.get(index)
+        if column is None:
+            start = self._steps * _OFFSETS[index]
+            size = self._steps * array(_COLUMNS[index]).itemsize
+            column = self._columns[index] = _unpack(_COLUMNS[index], self._data[start : start + size])
+        return column
 
 
-def _column(code: str, values: tuple[Any, ...]) -> bytes:
+def _pack(code: str, values: Sequence[Any]) -> bytes:
     column = array(code, values)
     if sys.byteorder == "big":  # pragma: no cover - no such machine in CI
         column.byteswap()
     return column.tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class Composition:
+def _unpack(code: str, data: bytes) -> tuple[Any, ...]:
+    column = array(code)
+    column.frombytes(data)
+    if sys.byteorder == "big":  # pragma: no cover - no such machine in CI
+        column.byteswap()
+    return tuple(column)
+
+
+class Composition(NamedTuple):
     """How the batch of a run was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``.
 
     ``width`` is the padded prompt length in tokens; None where prompts were not padded.
@@ -114,17 +169,16 @@ class Composition:
     width: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What the cache stores: what was asked, what came out, and how it was computed.
 
-    ``trace`` is None in a record that was made elsewhere and cannot be judged. ``created`` is Unix time and
-    ``seconds`` the duration of the batch. ``superseded`` is the record that this one replaced, one level deep.
+    ``trace`` is None in a record that was made elsewhere and cannot be judged; ``untraced`` then holds its tokens.
+    ``created`` is Unix time, ``seconds`` the time from the start of the batch. ``superseded`` is the record that this
+    one replaced, one level deep.
     """
 
     key: str
     request: Request
-    token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     trace: Trace | None
@@ -132,11 +186,17 @@ class Record:
     composition: Composition
     created: float
     seconds: float
-    superseded: Record | None = field(default=None, repr=False)
+    superseded: Record | None = None
+    untraced: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the generated token ids, an end token included."""
+        return self.untraced if self.trace is None else self.trace.tokens
 
     def superseding(self, old: Record | None) -> Record:
         """Return this record with ``old`` kept behind it, itself stripped of what it had replaced."""
-        return replace(self, superseded=None if old is None else replace(old, superseded=None))
+        return self._replace(superseded=None if old is None else old._replace(superseded=None))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON knows it, for export and display."""
@@ -162,7 +222,7 @@ class Record:
             "tokenizer": self.request.tokenizer,
             "numerics": self.numerics.model_dump(mode="json"),
             "numerics_digest": self.numerics.digest,
-            "composition": asdict(self.composition),
+            "composition": self.composition._asdict(),
             "created": self.created,
             "seconds": self.seconds,
             "trace": trace,
@@ -246,34 +306,32 @@ class SelfCheck(BaseModel):
 
 def encode(record: Record) -> bytes:
     """Return a record's bytes."""
-    header = json.dumps(
-        {
-            "prompt": record.request.prompt,
-            "params": record.request.params.model_dump_json(),
-            "model": record.request.model.model_dump_json(),
-            "tokenizer": record.request.tokenizer,
-            "text": record.text,
-            "finish_reason": record.finish_reason,
-            "traced": record.trace is not None,
-            "numerics": record.numerics.model_dump_json(),
-            "composition": astuple(record.composition),
-            "created": record.created,
-            "seconds": record.seconds,
-        },
-        separators=(",", ":"),
+    request = record.request
+    own = {
+        "prompt": request.prompt,
+        "tokenizer": request.tokenizer,
+        "text": record.text,
+        "finish_reason": record.finish_reason,
+        "traced": record.trace is not None,
+        "composition": record.composition,
+        "created": record.created,
+        "seconds": record.seconds,
+    }
+    header = "\n".join(
+        (
+            request.params.model_dump_json(),
+            request.model.model_dump_json(),
+            record.numerics.model_dump_json(),
+            json.dumps(own, separators=(",", ":")),
+        )
     ).encode()
-    prompt = words(record.request.prompt_ids)
     # a record without a trace keeps its tokens where the trace's first column would be
-    steps = words(record.token_ids) if record.trace is None else record.trace.to_bytes()
+    steps = words(record.token_ids) if record.trace is None else bytes(record.trace)
     superseded = b"" if record.superseded is None else encode(record.superseded)
     layout = _LAYOUT.pack(
-        bytes.fromhex(record.key),
-        len(header),
-        len(record.request.prompt_ids),
-        len(record.token_ids),
-        len(superseded),
+        bytes.fromhex(record.key), len(header), len(request.prompt_ids), len(record.token_ids), len(superseded)
     )
-    body = b"".join((layout, header, prompt, steps, superseded))
+    body = b"".join((layout, header, words(request.prompt_ids), steps, superseded))
     return b"".join((_MAGIC, bytes([SCHEMA]), hashlib.sha256(body).digest(), body))
 
 
@@ -283,7 +341,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
     Raises ``CorruptEntryError`` for anything that is not a whole, unaltered record, ``CacheSchemaError`` for one of
     a newer schema.
     """
-    if data[:5] != _MAGIC or len(data) < _START + _LAYOUT.size:
+    if data[:5] != _MAGIC or len(data) < _HEADER_AT:
         raise CorruptEntryError("the entry is not a stablegen record")
     if data[5] > SCHEMA:
         raise CacheSchemaError(
@@ -296,48 +354,39 @@ def decode(data: bytes, key: str | None = None) -> Record:
     if key is not None and own_key != key:
         raise CorruptEntryError(f"the entry belongs to the request {own_key}")
     try:
-        header_at = _START + _LAYOUT.size
-        prompt_at = header_at + header_size
+        prompt_at = _HEADER_AT + header_size
         steps_at = prompt_at + 4 * prompt_size
-        header = pydantic_core.from_json(data[header_at:prompt_at])
-        prompt_ids = _words(data[prompt_at:steps_at])
-        traced = header["traced"]
-        steps_end = steps_at + steps * (_STEP_BYTES if traced else 4)
-        trace = Trace.from_bytes(data[steps_at:steps_end]) if traced else None
-        if len(data) != steps_end + superseded_size:
+        params, model, numerics, rest = data[_HEADER_AT:prompt_at].split(b"\n")
+        own = pydantic_core.from_json(rest)
+        traced = own["traced"]
+        superseded_at = steps_at + steps * (_STEP_BYTES if traced else 4)
+        if len(data) != superseded_at + superseded_size:
             raise CorruptEntryError("the entry's parts do not add up to its length")
+        answer = data[steps_at:superseded_at]
         return Record(
-            key=own_key,
-            request=Request(
-                prompt_ids,
-                _parse(GenerationParams, header["params"]),
-                _parse(ModelIdentity, header["model"]),
-                header["tokenizer"],
-                header["prompt"],
+            own_key,
+            Request(
+                _unpack("I", data[prompt_at:steps_at]),
+                _parse(GenerationParams, params),
+                _parse(ModelIdentity, model),
+                own["tokenizer"],
+                own["prompt"],
             ),
-            token_ids=_words(data[steps_at:steps_end]) if trace is None else trace.tokens,
-            text=header["text"],
-            finish_reason=header["finish_reason"],
-            trace=trace,
-            numerics=_parse(Numerics, header["numerics"]),
-            composition=Composition(*header["composition"]),
-            created=header["created"],
-            seconds=header["seconds"],
-            superseded=decode(data[steps_end:], own_key) if superseded_size else None,
+            own["text"],
+            own["finish_reason"],
+            Trace(answer) if traced else None,
+            _parse(Numerics, numerics),
+            Composition(*own["composition"]),
+            own["created"],
+            own["seconds"],
+            decode(data[superseded_at:], own_key) if superseded_size else None,
+            () if traced else _unpack("I", answer),
         )
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptEntryError(f"the entry cannot be read: {error}") from error
 
 
-def _words(data: bytes) -> tuple[int, ...]:
-    column = array("I")
-    column.frombytes(data)
-    if sys.byteorder == "big":  # pragma: no cover - no such machine in CI
-        column.byteswap()
-    return tuple(column)
-
-
 @lru_cache(maxsize=1024)
-def _parse(kind: type[_Model], text: str) -> _Model:
+def _parse(kind: type[_Model], text: bytes) -> _Model:
     """Return a model from its JSON; one cache holds few distinct ones, so each is validated once."""
     return kind.model_validate_json(text)

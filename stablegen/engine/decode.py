@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -47,13 +46,8 @@ class _Row:
         return "length" if len(self.tokens) == params.max_new_tokens else None
 
     def trace(self) -> Trace:
-        return Trace(
-            tuple(self.tokens),
-            tuple(self.runner_ups),
-            tuple(array("f", self.scores)),
-            tuple(array("f", self.runner_up_scores)),
-            tuple(value & 0xFFFFFFFFFFFFFFFF for value in self.hashes),
-        )
+        unsigned = [value & 0xFFFFFFFFFFFFFFFF for value in self.hashes]
+        return Trace.of(self.tokens, self.runner_ups, self.scores, self.runner_up_scores, unsigned)
 
 
 def decode(

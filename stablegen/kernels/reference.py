@@ -1,8 +1,8 @@
-"""The operations in torch, invariant on a CPU: fixed-shape tiles, absolute key blocks, sums as fixed trees.
+"""The operations in torch, invariant on a CPU by construction: no library call ever sees the batch.
 
-Matrix products always have one shape a layer, [``TILE``, K] x [K, N]: short groups of rows are filled with zeros,
-so the library underneath cannot see how many rows there are. That a row's place inside the tile does not matter
-is not guaranteed by any vendor; the engine's self-check measures it before ``exact`` is ever said.
+A matrix product is one vector times the matrix, a row at a time: with more rows in one call, vendor libraries give a
+row other bits at another place (MKL with 16 threads does so even inside a tile of fixed shape). Attention runs in
+tiles of fixed shape in which absolute positions alone decide a row's place. Sums are trees fixed by their length.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import torch
 
 from stablegen.kernels.base import Activation, BestTwo, Linear
 
-TILE = 8
-"""Rows of a matrix product: the smallest at which the CPU's GEMM runs near its speed."""
 QUERY_BLOCK = 16
 KEY_BLOCK = 64
 
@@ -38,19 +36,17 @@ class ReferenceKernels:
         residual: torch.Tensor | None = None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Return ``activation(x @ weight + bias) + residual`` [M, N]; every product is [TILE, K] x [K, N]."""
-        rows = x.shape[0]
-        tiles = -(-rows // TILE)
-        padded = torch.zeros(tiles * TILE, x.shape[1])
-        padded[:rows] = x
-        out = torch.empty(tiles * TILE, layer.weight.shape[1])
-        for tile in range(tiles):
-            span = slice(tile * TILE, (tile + 1) * TILE)
-            y = torch.mm(padded[span], layer.weight)
+        """Return ``activation(x @ weight + bias) + residual`` [M, N]; every product is [K] x [K, N], aligned alike."""
+        result = torch.empty(x.shape[0], layer.weight.shape[1])
+        transposed = layer.weight.t()
+        operand = torch.empty(x.shape[1])  # one buffer: a row's own address may be aligned otherwise
+        for row in range(x.shape[0]):
+            operand.copy_(x[row])
+            y = torch.mv(transposed, operand)
             if layer.bias is not None:
                 y += layer.bias
-            out[span] = _gelu_new(y) if activation == "gelu_new" else y
-        result = out[:rows]
+            # tanh too is a library call whose vectorised body and tail may round differently: one shape, [N]
+            result[row] = _gelu_new(y) if activation == "gelu_new" else y
         if residual is not None:
             result = result + residual
         return result.to(out_dtype)
@@ -159,7 +155,8 @@ def best_two(scores: torch.Tensor) -> BestTwo:
     index = torch.arange(vocabulary, device=scores.device)
     first = _lowest_best(scores, index)
     rest = scores.scatter(1, first[:, None], float("-inf"))
-    second = _lowest_best(rest, index)
+    # the winner is no candidate, also where all the rest are -inf
+    second = _lowest_best(rest, torch.where(index == first[:, None], vocabulary, index))
     tokens = torch.stack([first, second], dim=1)
     bits = scores.contiguous().view(torch.int32).to(torch.int64)
     product = bits * _hash_keys(vocabulary, scores.device)

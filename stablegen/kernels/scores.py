@@ -90,9 +90,7 @@ def _best_two(  # launched by position
     last = V.to(tl.int64) - 1
     clamp = tl.max(unordered, axis=0) > 0
     first_id = tl.where(clamp, last, _rank_id(top))
-    # the winner stays in the row as -inf, so where all others are -inf the lowest id of all is second
-    removed = _rank(tl.full((), -0x800000, tl.int32), _rank_id(top).to(tl.int32))
-    second_id = tl.where(clamp, last, _rank_id(tl.maximum(runner_up, removed)))
+    second_id = tl.where(clamp | (last == 0), last, _rank_id(runner_up))
     tl.store(tokens + row * 2, first_id)
     tl.store(tokens + row * 2 + 1, second_id)
     tl.store(kept + row * 2, tl.load(bits_in + first_id))
