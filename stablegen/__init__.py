@@ -1,44 +1,56 @@
-"""stablegen: a cached LLM generation client with a determinism guard."""
+"""stablegen: a cached LLM generation client with a determinism guard.
 
-from stablegen.client import Client
-from stablegen.errors import (
-    AttentionMaskError,
-    CacheDirectoryError,
-    CacheEntryWarning,
-    CacheError,
-    CacheSchemaError,
-    CacheWriteError,
-    CheckpointError,
-    ConfigError,
-    ContextLengthError,
-    CorruptEntryError,
-    DeviceError,
-    DeviceMemoryError,
-    DivergenceRiskError,
-    DtypeError,
-    EngineError,
-    HubError,
-    InputFileError,
-    InvalidRequestError,
-    MarginWarning,
-    ModelError,
-    NonFiniteScoresError,
-    NumericsChangedError,
-    ParameterError,
-    PolicyError,
-    PromiseWarning,
-    PromptError,
-    RecordNotFoundError,
-    StablegenError,
-    UnsupportedParameterError,
-)
-from stablegen.numerics import Numerics
-from stablegen.policy import ExecutionPolicy, Invariant, Native, Padded, Single, load_policy
-from stablegen.record import Completion, Composition, Record, SelfCheck, Trace, Verdict
-from stablegen.request import GenerationParams, ModelIdentity, Request
-from stablegen.store.base import FlaggedHit
+Names are imported when they are first used, so that ``import stablegen`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stablegen.client import Client
+    from stablegen.errors import (
+        AttentionMaskError,
+        CacheDirectoryError,
+        CacheEntryWarning,
+        CacheError,
+        CacheSchemaError,
+        CacheWriteError,
+        CheckpointError,
+        ConfigError,
+        ContextLengthError,
+        CorruptEntryError,
+        DeviceError,
+        DeviceMemoryError,
+        DivergenceRiskError,
+        DtypeError,
+        EngineError,
+        HubError,
+        InputFileError,
+        InvalidRequestError,
+        MarginWarning,
+        ModelError,
+        NonFiniteScoresError,
+        NumericsChangedError,
+        ParameterError,
+        PolicyError,
+        PromiseWarning,
+        PromptError,
+        RecordNotFoundError,
+        StablegenError,
+        UnsupportedParameterError,
+    )
+    from stablegen.numerics import Numerics
+    from stablegen.policy import ExecutionPolicy, Invariant, Native, Padded, Single, load_policy
+    from stablegen.record import Completion, Composition, Record, SelfCheck, Trace, Verdict
+    from stablegen.request import GenerationParams, ModelIdentity, Request
+    from stablegen.store.base import FlaggedHit
 
 __version__ = "0.1.0"
+
+_HOMES = ("client", "guard", "numerics", "policy", "record", "request", "store.base", "errors")
+"""Modules of the public names, searched in this order: whoever imports the client has loaded most of them."""
 
 __all__ = [
     "AttentionMaskError",
@@ -89,3 +101,17 @@ __all__ = [
     "Verdict",
     "load_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"stablegen.{home}")
+            if name in vars(module):
+                value = globals()[name] = getattr(module, name)
+                return value
+    raise AttributeError(f"module 'stablegen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
+from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
 
 from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
 from stablegen.device import Device
@@ -27,7 +27,7 @@ from stablegen.errors import (
     RecordNotFoundError,
     StablegenError,
 )
-from stablegen.guard import DEFAULT_ACCEPTED_RISK, compare, judge
+from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, judge
 from stablegen.numerics import Numerics, find_device, numerics_on
 from stablegen.policy import ExecutionPolicy, Invariant, load_policy
 from stablegen.record import Completion, Record, SelfCheck, Verdict
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from stablegen.config import Effective
 
-OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
 Progress = Callable[[int, int], None]
 """Called with how many distinct requests of a call are done, and how many there are."""
 

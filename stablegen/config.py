@@ -12,28 +12,17 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from stablegen.device import Dtype
 from stablegen.errors import ConfigError, PolicyError
-
-
-class Unset(Enum):
-    """Mark an argument that was not given, where ``None`` would be a value."""
-
-    UNSET = "unset"
-
-
-UNSET: Final = Unset.UNSET
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
+from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk
 
 _FILE, _PYPROJECT = "stablegen.toml", "pyproject.toml"
 _APP, _CONFIG = "STABLEGEN_APP", "STABLEGEN_CONFIG"
@@ -92,7 +81,9 @@ class Settings(BaseSettings):
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", description="Where to compute.")
     cache_dir: Path | None = Field(None, description="Folder of the cache; None is the user's platform cache folder.")
     on_risk: OnRisk = Field("warn", description="What to do with a hit that a fresh run may not repeat.")
-    accepted_risk: float = Field(0.01, ge=0, le=1, description="Probability of divergence up to which a hit is stable.")
+    accepted_risk: float = Field(
+        DEFAULT_ACCEPTED_RISK, ge=0, le=1, description="Probability of divergence up to which a hit is stable."
+    )
     size_limit: Annotated[ByteSize, Field(ge=1)] | None = Field(
         None, description="Bytes the cache may take; None: nothing is ever evicted."
     )
@@ -164,11 +155,13 @@ def load_settings(
     """Merge arguments, environment and file into the settings in force.
 
     ``start`` is the folder where the search for a file begins (None: the current one), ``environ`` stands in for
-    ``os.environ``. An argument is not given if it is ``UNSET``, or ``None`` where the key takes no ``None``.
+    ``os.environ``. An argument that is ``None`` is not given. A revision belongs to the model named
+    beside it: where a higher place names another model, a lower place's revision is dropped.
     Raises ConfigError, which names the place and what is accepted there.
     """
     environ = os.environ if environ is None else environ
-    outer = [Layer("argument", _given(arguments)), *_environment(environ)]
+    given = {key: value for key, value in arguments.items() if value is not None}
+    outer = [Layer("argument", given), *_environment(environ)]
     folder = Path.cwd() / (start or "")
     file, defaults, apps = _tables(folder, environ)
     source = "argument" if app is not None else f"environment {_APP}"
@@ -179,17 +172,21 @@ def load_settings(
         raise ConfigError(f"unknown app {app!r} ({source}): {place}", accepted=known, hint=_near(app, apps))
     for layer in [*outer, defaults, *apps.values()]:
         Settings(layers=[layer])
-    layers = [*outer, *([apps[app]] if app is not None else []), defaults]
+    levels = [outer[:1], outer[1:], [apps[app]] if app is not None else [], [defaults]]
+    layers = [layer for level in _with_own_revision(levels) for layer in level]
     origins = {key: _origin(key, layers) for key in Settings.model_fields}
     return Effective(Settings(layers=layers), app, file, MappingProxyType(origins))
 
 
-def _given(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Return the arguments that were given; an unknown key stays, to be refused by name."""
-    required = {key for key, field in Settings.model_fields.items() if field.default is not None}
-    return {
-        key: value for key, value in arguments.items() if value is not UNSET and not (value is None and key in required)
-    }
+def _with_own_revision(levels: list[list[Layer]]) -> list[list[Layer]]:
+    """Drop the revisions of levels below the one that names the model."""
+    names = [any("model" in layer.values for layer in level) for level in levels]
+    top = names.index(True) + 1 if any(names) else len(levels)
+    return [*levels[:top], *([_without(layer, "revision") for layer in level] for level in levels[top:])]
+
+
+def _without(layer: Layer, key: str) -> Layer:
+    return Layer(layer.origin, {name: value for name, value in layer.values.items() if name != key})
 
 
 def _environment(environ: Mapping[str, str]) -> list[Layer]:

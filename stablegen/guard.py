@@ -16,13 +16,15 @@ Verdicts that rest on it say so (``basis="prior"``).
 from __future__ import annotations
 
 from math import erfc, frexp, ldexp, sqrt
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from stablegen.numerics import Numerics
 from stablegen.policy import load_policy
 from stablegen.record import Record, SelfCheck, Status, Trace, Verdict
 
 _T = TypeVar("_T")
+OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
+"""What happens to a flagged hit."""
 
 DEFAULT_ACCEPTED_RISK = 0.01
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}

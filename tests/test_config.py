@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stablegen.config import UNSET, Effective, Settings, load_settings
+from stablegen.config import Effective, Settings, load_settings
 from stablegen.errors import ConfigError
 
 FILE = """
@@ -112,13 +112,21 @@ def test_os_environ_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert Settings().device == "auto"
 
 
-def test_none_is_a_value_only_where_the_key_takes_it(folder: Path) -> None:
+def test_an_argument_that_is_none_is_not_given(folder: Path) -> None:
     file = write(folder, FILE)
-    effective = load(size_limit=None, policy=None, dtype=UNSET)
-    assert effective.settings.size_limit is None
-    assert effective.origins["size_limit"] == "argument"
-    assert effective.settings.policy == "single"
-    assert effective.origins["dtype"] == f"[defaults] in {file}"
+    effective = load(size_limit=None, policy=None)
+    assert effective.origins["size_limit"] == f"[defaults] in {file}"
+    assert effective.origins["policy"] == f"[defaults] in {file}"
+
+
+def test_a_revision_belongs_to_the_model_beside_it(folder: Path) -> None:
+    write(folder, '[defaults]\nmodel = "gpt2"\nrevision = "r1"\n[apps.other]\nmodel = "gpt2-medium"\n')
+    assert load().settings.revision == "r1"
+    assert load("other").settings.revision is None
+    assert load(model="distilgpt2").settings.revision is None
+    assert load(model="distilgpt2", revision="r2").settings.revision == "r2"
+    assert load(None, {"STABLEGEN_MODEL": "distilgpt2"}).settings.revision is None
+    assert load(revision="r3").settings.model == "gpt2"
 
 
 @pytest.mark.parametrize(
