@@ -119,7 +119,7 @@ class Client:
             attention=loaded.attention,
             on_risk=on_risk,
             accepted_risk=accepted_risk,
-            store=_open_store(cache_dir, size_limit),
+            store=open_store(cache_dir, size_limit),
             app=app,
         )
 
@@ -168,7 +168,7 @@ class Client:
     def from_settings(cls, effective: Effective) -> Client:
         """Return a client with settings already resolved."""
         settings = effective.settings
-        store = _open_store(settings.cache_dir, settings.size_limit)
+        store = open_store(settings.cache_dir, settings.size_limit)
         try:
             memory = DigestMemory(store.path / "digests.json")
             checkpoint = open_checkpoint(settings.model, settings.revision, memory)
@@ -308,6 +308,23 @@ class Client:
                 hint="`stablegen cache export` lists all of them",
             )
         return record
+
+    def find_key(self, start: str) -> str:
+        """Return the one key that begins with ``start``; raise ``RecordNotFoundError`` where none or several do."""
+        found = self.store.keys(start)
+        if len(found) != 1:
+            raise RecordNotFoundError(
+                f"{len(found) or 'no'} record(s) under keys that begin with {start!r} in {self.store.path}",
+                accepted="a completion's key, or enough of its first digits",
+                hint="`stablegen cache export` lists all of them",
+            )
+        return found[0]
+
+    def token_text(self, record: Record) -> Callable[[int], str]:
+        """Return how to show a record's token ids: as text where this client has the record's tokenizer."""
+        if record.request.tokenizer == self.tokenizer.digest:
+            return lambda token: repr(self.tokenizer.token(token))
+        return str
 
     def judge(self, record: Record) -> Verdict:
         """Return the guard's verdict on a record under this client's numerics."""
@@ -534,7 +551,8 @@ def _shown(record: Record) -> str:
     return f"{record.request.prompt!r:.60}" if record.request.prompt else f"{record.key[:12]}"
 
 
-def _open_store(cache_dir: str | Path | None, size_limit: int | None) -> Store:
+def open_store(cache_dir: str | Path | None, size_limit: int | None) -> Store:
+    """Return the store in a directory; None means the user's own cache folder."""
     from stablegen.store.disk import DiskStore
 
     return DiskStore(cache_path(cache_dir), size_limit=size_limit)

@@ -63,6 +63,10 @@ class Store(Protocol):
         """Write records in one transaction: all of them or none."""
         ...
 
+    def keys(self, start: str = "") -> list[str]:
+        """Return the keys that begin with ``start``, oldest first."""
+        ...
+
     def records(self) -> Iterator[Record]:
         """Yield every readable record, oldest first."""
         ...

@@ -90,10 +90,13 @@ class DiskStore:
         """Write records in one transaction: all of them or none."""
         self._write({_RECORD + record.key: encode(record) for record in records})
 
+    def keys(self, start: str = "") -> list[str]:
+        """Return the keys that begin with ``start``, oldest first."""
+        return [name.removeprefix(_RECORD) for name in self._names(_RECORD + start)]
+
     def records(self) -> Iterator[Record]:
         """Yield every readable record, oldest first."""
-        for name in self._names(_RECORD):
-            key = name.removeprefix(_RECORD)
+        for key in self.keys():
             record = self.get(key)
             if record is not None:
                 yield record
@@ -136,7 +139,7 @@ class DiskStore:
 
     def clear(self) -> int:
         """Remove everything; return how many records went."""
-        count = sum(1 for _ in self._names(_RECORD))
+        count = len(self.keys())
         self._retry(self._cache.clear)
         self._check_schema()
         return count

@@ -1,0 +1,553 @@
+"""The command: parses, calls, prints; nothing else. Exit codes: 0 done, 1 a request failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from stablegen.errors import (
+    ConfigError,
+    DeviceError,
+    DeviceMemoryError,
+    InvalidRequestError,
+    MarginWarning,
+    ParameterError,
+    PolicyError,
+    StablegenError,
+    UnsupportedParameterError,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from stablegen.client import Client
+    from stablegen.record import Completion, Record
+    from stablegen.store.base import Store
+
+app = typer.Typer(
+    name="stablegen",
+    help="A cached LLM generation client with a determinism guard.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="Look at the cache, explain a miss, empty it, export it.", no_args_is_help=True)
+config_app = typer.Typer(help="Show the settings in force.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(config_app, name="config")
+
+USAGE_ERRORS = (ConfigError, PolicyError, ParameterError, UnsupportedParameterError, DeviceError)
+
+
+class OnRiskChoice(StrEnum):
+    """What happens to a flagged hit."""
+
+    serve = "serve"
+    warn = "warn"
+    verify = "verify"
+    recompute = "recompute"
+    raise_ = "raise"
+
+
+Model = Annotated[str | None, typer.Option(help="Hub name or local directory; the embedded tiny-gpt2 if none.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Policy = Annotated[str | None, typer.Option(help="single, padded:N, invariant, or native (the control).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+App = Annotated[str | None, typer.Option("--app", help="The app whose settings hold.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Folder of the cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+
+def main() -> NoReturn:
+    """Run the command and leave with its exit code."""
+    warnings.showwarning = _show_warning
+    try:
+        code = app(standalone_mode=False)
+    except StablegenError as error:
+        code = _report(error)
+    except typer.Exit as done:  # raised where a command leaves early
+        code = done.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        _say("stopped; every finished answer is in the cache, and the same command continues")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        # click's usage errors: wrong option, missing argument
+        _say(f"error: {error.format_message()}\nTry 'stablegen --help'.")
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# -- generate ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: --file or standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help='JSON lines {"prompt": ...} or plain text lines.')] = None,
+    model: Model = None,
+    revision: Revision = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    on_risk: Annotated[OnRiskChoice | None, typer.Option(help="What happens to a flagged hit.")] = None,
+    cache_dir: CacheDir = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers to this file instead.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Complete prompts, from the cache where it holds them."""
+    from stablegen.client import Client
+    from stablegen.prompts import PromptLine
+
+    lines = _input(prompts, file)
+    with (
+        _output(out) as write,
+        Client.from_pretrained(
+            model,
+            revision=revision,
+            policy=policy,
+            dtype=dtype,
+            device=device,
+            cache_dir=cache_dir,
+            on_risk=None if on_risk is None else on_risk.value,
+            app=app_name,
+        ) as client,
+    ):
+        failed: dict[PromptLine, StablegenError] = {line: line.error for line in lines if line.error is not None}
+        keys: dict[PromptLine, str] = {}
+        requests = []
+        for line in lines:
+            if line.prompt is None:
+                continue
+            try:
+                request = client.request(line.prompt, max_new_tokens=max_new_tokens)
+            except (ParameterError, UnsupportedParameterError):
+                raise
+            except InvalidRequestError as error:
+                failed[line] = error
+            else:
+                keys[line] = request.key
+                requests.append(request)
+        answers: dict[str, Completion] = {}
+        stopped: StablegenError | None = None
+        try:
+            with _progress("answers") as progress:
+                completions = client.run(requests, progress=progress)
+        except StablegenError as error:
+            completions, stopped = list(error.completions), error
+        answers = {completion.key: completion for completion in completions}
+        for line in lines:
+            answer = answers.get(keys.get(line, ""))
+            reason = failed.get(line) or (stopped if answer is None else None)
+            write(_line(client, line, answer, reason, as_json=as_json, alone=len(lines) == 1))
+    for line, problem in failed.items():
+        _say(f"error: {'' if line.error else f'line {line.number}: ' if line.number else ''}{problem}")
+    if stopped is not None:
+        raise stopped
+    if failed:
+        raise typer.Exit(1)
+
+
+def _input(prompts: list[str] | None, file: Path | None) -> list[Any]:
+    from stablegen.prompts import PromptLine, read_prompts
+
+    if prompts and file:
+        raise typer.BadParameter("give prompts or --file, not both")
+    if prompts:
+        return [PromptLine(0, prompt) for prompt in prompts]
+    if file is not None:
+        try:
+            with file.open("rb") as stream:
+                lines = read_prompts(stream, str(file))
+        except OSError as error:
+            raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from error
+    elif sys.stdin.isatty():
+        raise typer.BadParameter("no prompt: give prompts, --file or standard input")
+    else:
+        lines = read_prompts(sys.stdin.buffer, "standard input")
+    if not lines:
+        raise typer.BadParameter("the input holds no prompt")
+    return lines
+
+
+@contextmanager
+def _output(out: Path | None) -> Iterator[Callable[[str], None]]:
+    if out is None:
+        yield lambda text: print(text, flush=True)
+        return
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        stream = draft.open("w", encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        with stream:
+            yield lambda text: print(text, file=stream)
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _line(
+    client: Client,
+    line: Any,
+    answer: Completion | None,
+    error: StablegenError | None,
+    *,
+    as_json: bool,
+    alone: bool,
+) -> str:
+    if as_json:
+        content = {"prompt": line.prompt, "error": str(error)} if answer is None else completion_json(client, answer)
+        # a generate() call knows no text; the line does
+        content["prompt"] = line.prompt
+        return json.dumps(content | ({"line": line.number} if line.number else {}), ensure_ascii=False)
+    text = f"[failed] {error}" if answer is None else answer.text
+    return text if alone else f"> {line.prompt}\n{text}\n"
+
+
+def completion_json(client: Client, completion: Completion) -> dict[str, Any]:
+    """Return what ``--json`` prints of a completion."""
+    verdict = completion.verdict
+    return {
+        "prompt": completion.record.request.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.record.finish_reason,
+        "cached": completion.cached,
+        "key": completion.key,
+        "verdict": verdict.model_dump(mode="json"),
+        "policy": completion.record.numerics.policy,
+        "numerics_digest": completion.record.numerics.digest,
+        "current_numerics_digest": client.numerics.digest,
+        "score_hash": None if completion.trace is None else completion.trace.digest(),
+    }
+
+
+# -- looking -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(
+    key: Annotated[str, typer.Argument(help="A completion's key, or its first digits.")],
+    model: Model = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a stored answer step by step: token, runner-up, margin, probability of a flip."""
+    with _client(model, policy, dtype, device, app_name, cache_dir) as client:
+        record = client.inspect(client.find_key(key))
+        verdict = client.judge(record)
+        if as_json:
+            print(json.dumps(record.to_dict() | {"verdict": verdict.model_dump(mode="json")}, ensure_ascii=False))
+            return
+        _print_record(client, record)
+
+
+def _print_record(client: Client, record: Record) -> None:
+    from datetime import UTC, datetime
+
+    from stablegen.guard import flip_probabilities
+
+    console, verdict = _console(), client.judge(record)
+    token = client.token_text(record)
+    facts = {
+        "key": record.key,
+        "prompt": repr(record.request.prompt or record.request.prompt_ids),
+        "answer": repr(record.text),
+        "model": f"{record.request.model.name} {' '.join(record.request.model.identity.values())[:40]}",
+        "computed": f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "numerics": record.numerics.summary(),
+        "batch": ", ".join(f"{k} {v}" for k, v in record.composition._asdict().items() if v is not None),
+        "verdict": f"{verdict.status} ({verdict.basis}): {verdict.reason}",
+        "p(divergence)": "unknown" if verdict.probability is None else f"{verdict.probability:.3g}",
+    }
+    for name, value in facts.items():
+        console.print(f"{name:>13}  {value}", markup=False, highlight=False)
+    if record.superseded is not None:
+        old = record.superseded
+        console.print(f"   superseded  {old.text!r} by {old.numerics.summary()}", markup=False, highlight=False)
+    if record.trace is None:
+        return
+    risks = flip_probabilities(record.trace, record.numerics.dtype, client.numerics.dtype)
+    table = _table("step", "token", "runner-up", "margin", "p(flip)", "")
+    for step, (best, second, margin, risk) in enumerate(
+        zip(record.trace.tokens, record.trace.runner_ups, record.trace.margins, risks, strict=True)
+    ):
+        fragile = risk > client.accepted_risk
+        table.add_row(
+            str(step), token(best), token(second), f"{margin:.6g}", f"{risk:.2e}", "fragile" if fragile else ""
+        )
+    console.print(table)
+
+
+@app.command(name="warnings")
+def show_warnings(app_name: App = None, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """List the hits that were flagged."""
+    with _store(app_name, cache_dir) as store:
+        hits = [hit for hit in store.flagged() if app_name is None or hit.app == app_name]
+    if as_json:
+        for hit in hits:
+            print(hit.model_dump_json())
+        return
+    if not hits:
+        print("no hit was flagged")
+        return
+    table = _table(
+        "app", "key", "prompt", "verdict", "step", "token", "runner-up", "margin", "p", "recorded -> current"
+    )
+    for hit in hits:
+        verdict = hit.verdict
+        table.add_row(
+            hit.app or "",
+            hit.key[:12],
+            f"{hit.prompt!r:.40}",
+            verdict.status,
+            _optional(verdict.step, "d"),
+            "" if hit.token is None else repr(hit.token),
+            "" if hit.runner_up is None else repr(hit.runner_up),
+            _optional(verdict.margin, ".4g"),
+            _optional(verdict.probability, ".3g"),
+            f"{hit.recorded} -> {hit.current}",
+        )
+    _console().print(table)
+
+
+@cache_app.command()
+def stats(app_name: App = None, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """Print how many records the cache holds and how large it is."""
+    from dataclasses import asdict
+
+    with _store(app_name, cache_dir) as store:
+        content = {"path": str(store.path), **asdict(store.stats())}
+    if as_json:
+        print(json.dumps(content))
+        return
+    for name, value in content.items():
+        print(f"{name:>13}  {'none: nothing is ever evicted' if value is None else value}")
+
+
+@cache_app.command()
+def path(app_name: App = None, cache_dir: CacheDir = None) -> None:
+    """Print the folder of the cache."""
+    with _store(app_name, cache_dir) as store:
+        print(store.path)
+
+
+@cache_app.command()
+def why(
+    prompt: Annotated[str, typer.Argument(help="The prompt that missed.")],
+    model: Model = None,
+    revision: Revision = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Explain a miss: the nearest stored request, and the parts of the key that differ."""
+    from stablegen.why import explain_miss
+
+    with _client(model, None, None, None, app_name, cache_dir, revision=revision) as client:
+        request = client.request(prompt, max_new_tokens=max_new_tokens)
+        if client.store.get(request.key) is not None:
+            print(f"a hit: the cache holds an answer under {request.key}")
+            return
+        found = explain_miss(request, client.store.records())
+    if found is None:
+        print("a miss: the cache is empty")
+        return
+    print(f"a miss: no record under {request.key}\nnearest stored request: {found.nearest.key}")
+    for name, (asked, stored) in found.differences.items():
+        print(f"  {name} differs\n    asked   {asked!r}\n    stored  {stored!r}")
+
+
+@cache_app.command()
+def clear(
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove every record, flagged hit and self-check."""
+    with _store(app_name, cache_dir) as store:
+        if not yes:
+            typer.confirm(f"Remove {store.stats().records} records from {store.path}?", abort=True)
+        print(f"{store.clear()} records removed from {store.path}")
+
+
+@cache_app.command()
+def export(
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead.")] = None,
+) -> None:
+    """Print every record as JSON, one a line."""
+    with _store(app_name, cache_dir) as store, _output(out) as write:
+        for record in store.records():
+            write(json.dumps(record.to_dict(), ensure_ascii=False))
+
+
+@config_app.command()
+def show(app_name: App = None, as_json: AsJson = False) -> None:
+    """Print each setting in force and where it came from."""
+    from stablegen.client import cache_path
+    from stablegen.config import load_settings
+
+    effective = load_settings(app_name)
+    values = effective.settings.model_dump(mode="json")
+    values["model"] = values["model"] or "tiny-gpt2"
+    values["cache_dir"] = str(cache_path(effective.settings.cache_dir))
+    if as_json:
+        print(json.dumps({name: {"value": value, "origin": effective.origins[name]} for name, value in values.items()}))
+        return
+    for name, value in values.items():
+        print(f"{name:>13}  {value!s:<24}  {effective.origins[name]}")
+
+
+@app.command()
+def doctor(
+    model: Model = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Load the model, measure whether the policy keeps its promise here, and show every check kept so far."""
+    import stablegen
+    from stablegen.policy import load_policy
+
+    with _client(model, policy, dtype, device, app_name, cache_dir) as client:
+        print(f"stablegen {stablegen.__version__}, cache {client.store.path}")
+        for name, value in client.numerics.model_dump(exclude_none=True).items():
+            print(f"{name:>24}  {value}")
+        client.self_check()
+        broken = 0
+        for check in client.store.checks():
+            width = "" if check.width is None else f", width {check.width}"
+            broken += not check.passed
+            print(f"{'kept' if check.passed else 'BROKEN'}: {check.numerics.summary()}{width}")
+            for name, result in check.checks.items():
+                print(f"    {name}: {result}")
+            if check.passed and not check.slot_free:
+                print("    so each request stands in slot 0 of a batch of its own")
+        if not load_policy(client.policy).promises:
+            print(f"policy {client.policy} promises nothing; hits under it are judged by their margins")
+    if broken:
+        print(f"{broken} promise(s) not kept: no hit under those numerics is judged exact")
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """Show batch variance, the policies that end it, and the verdicts, measured here and now (under a minute)."""
+    from stablegen.lab.demo import measure, render
+
+    with _progress("measurements") as progress:
+        report = measure(progress)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        render(report, _console())
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _client(
+    model: str | None,
+    policy: str | None,
+    dtype: str | None,
+    device: str | None,
+    app_name: str | None,
+    cache_dir: Path | None,
+    *,
+    revision: str | None = None,
+) -> Client:
+    from stablegen.client import Client
+
+    return Client.from_pretrained(
+        model, revision=revision, policy=policy, dtype=dtype, device=device, cache_dir=cache_dir, app=app_name
+    )
+
+
+@contextmanager
+def _store(app_name: str | None, cache_dir: Path | None) -> Iterator[Store]:
+    from stablegen.client import open_store
+    from stablegen.config import load_settings
+
+    settings = load_settings(app_name, cache_dir=cache_dir).settings
+    store = open_store(settings.cache_dir, settings.size_limit)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # a pipe has no width: do not cut lines there
+    return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("step", "margin", "p(flip)", "p") else "left")
+    return table
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _report(error: StablegenError) -> int:
+    _say(f"error: {error}")
+    return 2 if isinstance(error, USAGE_ERRORS) and not isinstance(error, DeviceMemoryError) else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    kind = "margin warning" if issubclass(category, MarginWarning) else "warning"
+    _say(f"{kind}: {message}")

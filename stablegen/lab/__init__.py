@@ -1,0 +1,1 @@
+"""Experiments that show batch variance on the machine they run on."""

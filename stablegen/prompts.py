@@ -1,0 +1,48 @@
+"""Prompts from a file or a pipe: JSON lines or plain text lines, each kept with its line number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stablegen.errors import InputFileError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLine:
+    """One line of input: its number (from 1; 0 for an argument), and its prompt or what is wrong with it."""
+
+    number: int
+    prompt: str | None
+    error: InputFileError | None = None
+
+
+def read_prompts(lines: Iterable[bytes], name: str) -> list[PromptLine]:
+    """Return the prompts of a file or pipe; blank lines are skipped, broken ones come back with their error.
+
+    A ``name`` that ends in ``.jsonl`` or a first line that begins with ``{`` makes it JSON lines: objects with a
+    string ``prompt`` each, other members being the caller's own. Anything else is one prompt a line.
+    """
+    found: list[PromptLine] = []
+    as_json = name.endswith((".jsonl", ".ndjson"))
+    for number, raw in enumerate(lines, start=1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            if not line.strip():
+                continue
+            as_json = as_json or (not found and line.lstrip().startswith("{"))
+            found.append(PromptLine(number, _prompt(line) if as_json else line))
+        except ValueError as problem:  # UnicodeDecodeError and JSONDecodeError are kinds of it
+            error = InputFileError(
+                f"{name}, line {number}: {problem}", accepted='UTF-8; {"prompt": "..."} or plain text on each line'
+            )
+            found.append(PromptLine(number, None, error))
+    return found
+
+
+def _prompt(line: str) -> str:
+    content = json.loads(line)
+    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+        raise ValueError("is JSON, but not an object with a string 'prompt'")
+    return str(content["prompt"])
