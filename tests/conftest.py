@@ -1,8 +1,97 @@
-"""Set up what must be decided before any test module is imported."""
+"""Set up what must be decided before any test module is imported, and what the modules share."""
 
+from __future__ import annotations
+
+import json
 import os
+import platform
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from invariance import Comparison
+
+    from stablegen.engine.base import Engine
+
+HAS_GPU = Path("/dev/nvidia0").exists()
+MINI_GPT2 = "STABLEGEN_TEST_MINI_GPT2"
+"""Environment variable: the directory of a trained GPT-2 with the real vocabulary."""
+RESULTS = "STABLEGEN_TEST_RESULTS"
+"""Environment variable: the folder for one file of results a device."""
 
 # Triton asks once, when it is imported: without a GPU its kernels run in the interpreter.
-if not Path("/dev/nvidia0").exists():
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: there is no /dev/nvidia0"))
+
+
+@pytest.fixture(scope="session")
+def mini_gpt2() -> str:
+    """Return the directory of mini-gpt2."""
+    path = os.environ.get(MINI_GPT2)
+    if not path:
+        pytest.skip(f"{MINI_GPT2} does not name the directory of mini-gpt2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def comparisons() -> Iterator[list[Comparison]]:
+    """Gather what was compared; write it at the end where ``STABLEGEN_TEST_RESULTS`` names a folder."""
+    gathered: list[Comparison] = []
+    yield gathered
+    folder = os.environ.get(RESULTS)
+    if folder:
+        _write_results(Path(folder), gathered)
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, comparisons: list[Comparison]) -> Callable[[str, str, Engine], Comparison]:
+    """Return what begins the comparison of one property, with one model and engine."""
+    from invariance import Comparison
+
+    def begin(name: str, model: str, engine: Any) -> Comparison:
+        numerics = engine.numerics
+        device = numerics.device_model if numerics.device == "cuda" else "cpu"
+        test = request.node.nodeid.split("::")[-1]
+        comparison = Comparison(test, name, Path(model).name, numerics.policy, numerics.dtype, device)
+        comparisons.append(comparison)
+        return comparison
+
+    return begin
+
+
+def _write_results(folder: Path, gathered: list[Comparison]) -> None:
+    import torch
+
+    from stablegen.numerics import version_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    for device in {comparison.device for comparison in gathered}:
+        mine = [comparison for comparison in gathered if comparison.device == device]
+        promised = [comparison for comparison in mine if comparison.policy != "native"]
+        content = {
+            "device": device,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "versions": {name: version_of(name) for name in ("torch", "triton", "transformers")},
+            "rows": sum(comparison.rows for comparison in promised),
+            "differing": sum(comparison.differing for comparison in promised),
+            "native_rows": sum(comparison.rows for comparison in mine if comparison.policy == "native"),
+            "native_differing": sum(comparison.differing for comparison in mine if comparison.policy == "native"),
+            "comparisons": [comparison.to_dict() for comparison in mine],
+        }
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        name = f"invariance-{slug}{'-' if worker else ''}{worker}.json"
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

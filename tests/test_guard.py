@@ -1,0 +1,197 @@
+"""The guard: pure, never `exact` without proof, and a probability that means what it says."""
+
+from __future__ import annotations
+
+from math import erfc, prod, sqrt
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import numerics, passed, record, trace, untraced, with_token
+
+from stablegen.guard import DEFAULT_ACCEPTED_RISK, compare, flip_probabilities, judge
+from stablegen.record import Record, SelfCheck, Trace
+
+HERE = numerics()
+ELSEWHERE = numerics(torch="0.0.1")
+margins = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=20)
+dtypes = st.sampled_from(["float32", "float16", "bfloat16"])
+
+
+def failed(under: Any) -> SelfCheck:
+    return SelfCheck(numerics=under, passed=False, checks={"beside other rows": "differ at step 1"})
+
+
+def test_exact_needs_equal_numerics_and_a_passed_check() -> None:
+    verdict = judge(record(margins=[0.0]), HERE, check=passed(HERE))
+    assert (verdict.status, verdict.probability, verdict.basis) == ("exact", 0.0, "numerics")
+
+
+@pytest.mark.parametrize(
+    ("made", "now", "check", "reason"),
+    [
+        (record(), HERE, None, "has not been self-checked"),
+        (record(), HERE, failed(HERE), "failed its self-check"),
+        (record(), ELSEWHERE, passed(ELSEWHERE), "torch 2.13.0 -> 0.0.1"),
+        (record(), ELSEWHERE, passed(HERE), "other numerics"),
+        (record(numerics=numerics(policy="native")), numerics(policy="native"), None, "promises nothing"),
+        (record(numerics=numerics(policy="native")), numerics(policy="native"), failed(HERE), "promises nothing"),
+    ],
+)
+def test_never_exact_without_proof(made: Record, now: Any, check: SelfCheck | None, reason: str) -> None:
+    verdict = judge(made, now, check=check)
+    assert verdict.status == "stable"
+    assert verdict.basis == "prior"
+    assert reason in verdict.reason
+
+
+def test_native_is_never_exact_whatever_a_check_says() -> None:
+    control = numerics(policy="native")
+    assert judge(record(numerics=control), control, check=passed(control)).status != "exact"
+
+
+def test_a_check_of_other_numerics_proves_nothing() -> None:
+    assert judge(record(), HERE, check=passed(ELSEWHERE)).status != "exact"
+
+
+def test_unknown_without_a_trace() -> None:
+    verdict = judge(untraced(), ELSEWHERE, check=passed(ELSEWHERE))
+    assert (verdict.status, verdict.probability, verdict.step, verdict.basis) == ("unknown", None, None, "none")
+    assert judge(untraced(), HERE, check=passed(HERE)).status == "exact"
+
+
+@given(margins, dtypes, dtypes, st.floats(0, 1))
+def test_the_accepted_risk_divides_stable_from_at_risk(
+    gaps: list[float], recorded: str, now: str, accepted: float
+) -> None:
+    made = record(margins=gaps, numerics=numerics(dtype=recorded))
+    assert made.trace is not None
+    verdict = judge(made, numerics(dtype=now, torch="0.0.1"), check=None, accepted_risk=accepted)
+    risks = flip_probabilities(made.trace, recorded, now)
+    expected = 1 - prod(1 - risk for risk in risks)
+    assert verdict.probability == pytest.approx(expected, abs=1e-12)
+    assert verdict.status == ("at_risk" if verdict.probability > accepted else "stable")
+
+
+@given(margins, st.integers(0, 19), st.floats(0.001, 4), dtypes, dtypes)
+def test_a_wider_margin_is_never_riskier(gaps: list[float], step: int, wider: float, recorded: str, now: str) -> None:
+    better = list(gaps)
+    better[step % len(gaps)] += wider
+    risk, less = (
+        judge(record(margins=each, numerics=numerics(dtype=recorded)), numerics(dtype=now, torch="0"), check=None)
+        for each in (gaps, better)
+    )
+    assert risk.probability is not None
+    assert less.probability is not None
+    assert less.probability <= risk.probability + 1e-12
+
+
+@given(margins, dtypes)
+def test_a_flip_is_at_worst_even(gaps: list[float], dtype: str) -> None:
+    assert all(0 <= risk <= 0.5 for risk in flip_probabilities(trace(gaps), dtype, dtype))
+    assert flip_probabilities(trace([0.0]), dtype, dtype) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "sigma"),
+    [
+        ("bfloat16", "bfloat16", 0.5 * 2**-3),
+        ("float16", "float16", 0.5 * 2**-6),
+        ("float32", "float32", 8 * 2**-19),
+        ("float32", "bfloat16", 2**-3),
+        ("bfloat16", "float32", 2**-3),
+        ("float16", "float32", 2**-6),
+    ],
+)
+@pytest.mark.parametrize("score", [20.0, -20.0])
+def test_the_noise_of_the_prior(recorded: str, now: str, sigma: float, score: float) -> None:
+    # scores from 16 to 32: one unit in the last place of bfloat16 is 2 ** (4 - 7)
+    made = Trace.of([1], [2], [score], [score - sigma], [0])
+    margin = score - made.runner_up_scores[0]
+    assert flip_probabilities(made, recorded, now) == [pytest.approx(0.5 * erfc(margin / sigma / sqrt(2)))]
+
+
+def test_the_noise_grows_with_the_score_and_not_below_one() -> None:
+    small, one, large = (flip_probabilities(trace([0.01], score=s), "bfloat16", "bfloat16")[0] for s in (0.1, 1.9, 100))
+    assert small == pytest.approx(one, rel=1e-4)
+    assert large > one
+
+
+@pytest.mark.parametrize(("dtype", "measured"), [("bfloat16", 0.30), ("float16", 0.07)])
+def test_the_prior_gives_the_measured_divergence(dtype: str, measured: float) -> None:
+    # the basis of the prior: 5 % of all margins lie under 0.125, evenly; scores from 16 to 32; answers of 64 tokens
+    bins = 4000
+    risks = flip_probabilities(trace([0.125 * (place + 0.5) / bins for place in range(bins)]), dtype, dtype)
+    per_step = 0.05 * sum(risks) / bins
+    assert measured / 2 < 1 - (1 - per_step) ** 64 < measured * 2
+
+
+def test_float32_margins_are_not_cried_over() -> None:
+    # none of 96 answers diverged in float32; a margin of 0.001 at a score of 20 is no risk there
+    assert judge(record(margins=[0.001] * 64), ELSEWHERE, check=None).status == "stable"
+
+
+def test_the_step_named_is_the_first_risky_one() -> None:
+    made = record(margins=[1.0, 1e-6, 0.0])
+    verdict = judge(made, ELSEWHERE, check=None)
+    assert (verdict.status, verdict.step, verdict.token, verdict.runner_up) == ("at_risk", 1, 1, 1001)
+    assert verdict.margin == pytest.approx(1e-6, rel=1)
+
+
+def test_where_no_single_step_is_risky_the_riskiest_is_named() -> None:
+    made = record(margins=[5e-5] * 3 + [4e-5] + [5e-5] * 200)
+    risks = flip_probabilities(made.trace or trace([]), "float32", "float32")
+    accepted = max(risks) * 1.5
+    verdict = judge(made, ELSEWHERE, check=None, accepted_risk=accepted)
+    assert (verdict.status, verdict.step) == ("at_risk", 3)
+
+
+def test_the_default_accepted_risk() -> None:
+    made = record(margins=[5e-5])
+    probability = judge(made, ELSEWHERE, check=None).probability
+    assert judge(made, ELSEWHERE, check=None) == judge(made, ELSEWHERE, check=None, accepted_risk=DEFAULT_ACCEPTED_RISK)
+    assert probability is not None
+
+
+def test_judging_is_pure() -> None:
+    made = record(margins=[0.001, 0.5])
+    once = judge(made, ELSEWHERE, check=None)
+    assert judge(made, ELSEWHERE, check=None) == once
+    assert made == record(margins=[0.001, 0.5])
+
+
+# -- after a recomputation ---------------------------------------------------------------------------------------
+
+
+def test_compare_equal_bits() -> None:
+    verdict = compare(record(numerics=ELSEWHERE), record())
+    assert (verdict.status, verdict.probability, verdict.basis) == ("exact", 0.0, "verified")
+
+
+def test_compare_equal_tokens_other_scores() -> None:
+    old = record()
+    assert old.trace is not None
+    columns = (old.trace.tokens, old.trace.runner_ups, old.trace.scores, old.trace.runner_up_scores)
+    verdict = compare(old, record(traced=Trace.of(*columns, [1, 2])))
+    assert (verdict.status, verdict.probability, verdict.basis) == ("stable", 0.0, "verified")
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_compare_other_tokens(step: int) -> None:
+    fresh = record(margins=[0.5, 0.25])
+    verdict = compare(with_token(fresh, step, 77), fresh)
+    assert (verdict.status, verdict.probability, verdict.basis) == ("diverged", 1.0, "verified")
+    assert (verdict.step, verdict.token, verdict.runner_up) == (step, 77, step)
+    assert verdict.margin == [0.5, 0.25][step]
+
+
+def test_compare_a_longer_answer() -> None:
+    verdict = compare(record(margins=[0.5]), record(margins=[0.5, 0.25]))
+    assert (verdict.status, verdict.step, verdict.token, verdict.runner_up) == ("diverged", 1, None, 1)
+
+
+@pytest.mark.parametrize(("tokens", "status"), [((0, 1), "stable"), ((0, 2), "diverged"), ((0,), "diverged")])
+def test_compare_without_a_trace(tokens: tuple[int, ...], status: str) -> None:
+    verdict = compare(untraced(tokens), record())
+    assert (verdict.status, verdict.basis) == (status, "verified")
