@@ -48,7 +48,8 @@ def judge(
     """Return the verdict on a hit if it were recomputed under ``numerics``.
 
     ``check`` is the self-check of those numerics with the record's model, None if there was none; without a passed
-    one nothing is ``exact``. ``accepted_risk`` is the probability of divergence up to which a hit is ``stable``.
+    one nothing is ``exact``. ``accepted_risk`` is the probability of divergence up to which a hit is ``stable``. The
+    step a verdict names is the most fragile one, the first of them where several are.
     """
     same = record.numerics.digest == numerics.digest
     if same and check is not None and check.passed:
@@ -60,13 +61,10 @@ def judge(
     for risk in risks:
         survival *= 1.0 - risk
     probability = 1.0 - survival
-    risky = probability > accepted_risk
-    step = next((i for i, risk in enumerate(risks) if risk > accepted_risk), None) if risky else None
-    if step is None:
-        step = max(range(len(risks)), key=risks.__getitem__)
+    step = max(range(len(risks)), key=risks.__getitem__)
     best, second = record.trace.scores[step], record.trace.runner_up_scores[step]
     return Verdict(
-        status="at_risk" if risky else "stable",
+        status="at_risk" if probability > accepted_risk else "stable",
         probability=probability,
         step=step,
         token=record.trace.tokens[step],

@@ -11,7 +11,7 @@ import json
 import sys
 from array import array
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +35,14 @@ class GenerationParams(BaseModel):
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+
+    @cached_property
+    def canonical(self) -> str:
+        """Return the JSON that goes into the key.
+
+        Optional parameters at their default are left out, so that a new one does not change every old key.
+        """
+        return _canonical_json(self.model_dump(mode="json", exclude_defaults=True))
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any], *, eos_token_ids: tuple[int, ...]) -> GenerationParams:
@@ -78,10 +86,15 @@ class ModelIdentity(BaseModel):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return what goes into the key."""
+        """Return the parts that identify the weights."""
         if self.source == "hub":
             return {"repo": self.repo or "", "commit": self.commit or ""}
         return {"digest": self.digest or ""}
+
+    @cached_property
+    def canonical(self) -> str:
+        """Return the JSON that goes into the key."""
+        return _canonical_json(self.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +117,12 @@ class Request:
 
     def canonical(self) -> bytes:
         """Return the canonical bytes: one line of JSON, then the prompt ids as little-endian 32-bit words."""
-        return _preamble(self.params, self.model, self.tokenizer) + words(self.prompt_ids)
+        parts = f'"model":{self.model.canonical},"params":{self.params.canonical},"schema":{SCHEMA}'
+        return f'{{{parts},"tokenizer":"{self.tokenizer}"}}\n'.encode() + words(self.prompt_ids)
 
 
-@lru_cache(maxsize=256)
-def _preamble(params: GenerationParams, model: ModelIdentity, tokenizer: str) -> bytes:
-    # optional parameters at their default are left out, so that a new one does not change every old key
-    asked = params.model_dump(mode="json", exclude_defaults=True)
-    parts = {"schema": SCHEMA, "params": asked, "model": model.identity, "tokenizer": tokenizer}
-    return json.dumps(parts, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+def _canonical_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def words(ids: tuple[int, ...]) -> bytes:

@@ -84,7 +84,7 @@ class DiskStore:
 
     def get(self, key: str) -> Record | None:
         """Return the record of a request; a corrupt or foreign entry is reported and counts as absent."""
-        return self._read(_RECORD + key, lambda data: decode(data, key))
+        return self._read(_RECORD + key, decode, key)
 
     def put(self, records: Iterable[Record]) -> None:
         """Write records in one transaction: all of them or none."""
@@ -148,13 +148,13 @@ class DiskStore:
         """Release the database."""
         self._cache.close()
 
-    def _read(self, name: str, parse: Callable[[bytes], _T]) -> _T | None:
+    def _read(self, name: str, parse: Callable[..., _T], *context: str) -> _T | None:
         try:
             try:
                 data = self._cache.get(name)
             except sqlite3.OperationalError:
                 data = self._retry(lambda: self._cache.get(name))
-            return None if data is None else parse(data)
+            return None if data is None else parse(data, *context)
         except (CorruptEntryError, CacheSchemaError, ValueError) as error:
             warnings.warn(f"cache entry {name} in {self.path} was ignored: {error}", CacheEntryWarning, stacklevel=3)
             return None
