@@ -47,6 +47,7 @@ config_app = typer.Typer(help="Show the settings in force.", no_args_is_help=Tru
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
 
+INTERRUPTED = 130
 USAGE_ERRORS = (ConfigError, PolicyError, ParameterError, UnsupportedParameterError, DeviceError)
 
 
@@ -77,11 +78,8 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except StablegenError as error:
         code = _report(error)
-    except typer.Exit as done:  # raised where a command leaves early
-        code = done.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _say("stopped; every finished answer is in the cache, and the same command continues")
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -91,6 +89,8 @@ def main() -> NoReturn:
         # click's usage errors: wrong option, missing argument
         _say(f"error: {error.format_message()}\nTry 'stablegen --help'.")
         code = 2
+    if code == INTERRUPTED:
+        _say("stopped; every finished answer is in the cache, and the same command continues")
     sys.exit(code if isinstance(code, int) else 0)
 
 

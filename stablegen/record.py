@@ -234,7 +234,8 @@ class Verdict(BaseModel):
     """The guard's judgement of one hit under the numerics that would recompute it.
 
     ``probability`` is that of a divergence anywhere in the answer (None where nothing can be said); ``step`` is the
-    most fragile or (``diverged``) the first differing step, with its ``token``, ``runner_up`` (token ids) and ``margin``. ``basis``
+    most fragile step or, once ``diverged``, the first that differs, with its ``token``, ``runner_up`` (token ids) and
+    ``margin``. ``basis``
     says what the probability rests on.
     """
 

@@ -72,8 +72,6 @@ def compare(request: pytest.FixtureRequest, comparisons: list[Comparison]) -> Ca
 
 
 def _write_results(folder: Path, gathered: list[Comparison]) -> None:
-    import torch
-
     from stablegen.numerics import version_of
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +82,6 @@ def _write_results(folder: Path, gathered: list[Comparison]) -> None:
         content = {
             "device": device,
             "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
             "versions": {name: version_of(name) for name in ("torch", "triton", "transformers")},
             "rows": sum(comparison.rows for comparison in promised),
             "differing": sum(comparison.differing for comparison in promised),

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,13 @@ TINY = Path(stablegen.__file__).parent / "models" / "tiny-gpt2"
 # --- models and engines -----------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
     """Return a transformers model by one of the names below, or from a directory."""
     import transformers
 
+    if (dtype, device) != ("float32", "cpu"):
+        return deepcopy(load_model(name)).to(device=device, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     if name == "random-gpt2":  # its sizes are no powers of two, its weights large enough to make attention choose
         shape = {"n_layer": 2, "n_embd": 320, "n_head": 5, "vocab_size": 1031, "n_positions": 256}
@@ -61,7 +65,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
     else:
         directory = TINY if name == "tiny-gpt2" else Path(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval().to(device=device, dtype=getattr(torch, dtype))
+    return model.eval()
 
 
 def make_engine(name: str, policy: str, dtype: str, device: str = "cpu") -> Engine:
@@ -71,7 +75,7 @@ def make_engine(name: str, policy: str, dtype: str, device: str = "cpu") -> Engi
     return wrap_model(model, planned, context_of(model.config.to_dict()))
 
 
-shared_engine = lru_cache(maxsize=None)(make_engine)
+shared_engine = cache(make_engine)
 
 
 def own_model(name: str, dtype: str, device: str = "cpu") -> GPT2:
@@ -158,7 +162,7 @@ class Packed:
     def feed_cut(self, ids: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
         """Append tokens to slot 0, cut into pieces; return all scores [length, V]."""
         edges = [0, *cuts, len(ids)]
-        pieces = [ids[start:stop] for start, stop in zip(edges, edges[1:], strict=False) if start < stop]
+        pieces = [ids[start:stop] for start, stop in pairwise(edges) if start < stop]
         return torch.cat([self.feed((0, piece))[0] for piece in pieces])
 
 
@@ -170,7 +174,7 @@ class Comparison:
     """How many score rows were compared for one property, and in which situations how many had other bits."""
 
     test: str
-    property: str
+    promise: str
     model: str
     policy: str
     dtype: str

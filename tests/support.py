@@ -87,13 +87,13 @@ def passed(under: Numerics) -> SelfCheck:
     return SelfCheck(numerics=under, passed=True)
 
 
-def near_tie(old: Record, *, margin: float = 1e-4, step: int = 0, under: Numerics | None = None) -> Record:
+def near_tie(old: Record, *, margin: float = 0.0, step: int = 0, under: Numerics | None = None) -> Record:
     """Return a record as if computed under other numerics, its two best tokens nearly tying at one step."""
     assert old.trace is not None
     seconds = list(old.trace.runner_up_scores)
     seconds[step] = old.trace.scores[step] - margin
     columns = (old.trace.tokens, old.trace.runner_ups, old.trace.scores, seconds, old.trace.score_hash)
-    other = old.numerics.model_copy(update={"torch": "0.0.1"}) if under is None else under
+    other = Numerics(**(old.numerics.model_dump() | {"torch": "0.0.1"})) if under is None else under
     return old._replace(trace=Trace.of(*columns), numerics=other)
 
 

@@ -65,6 +65,11 @@ def test_every_field_moves_the_digest(name: str) -> None:
     assert numerics().differences(numerics()) == {}
 
 
+def test_a_changed_copy_has_a_digest_of_its_own() -> None:
+    first = numerics()
+    assert first.digest != first.model_copy(update={"torch": "0.0.1"}).digest
+
+
 def test_fields_that_do_not_apply_leave_the_digest_alone() -> None:
     spelled_out = numerics(cuda=None, triton=None, sm_count=None, reduced_precision=None)
     assert spelled_out.digest == numerics().digest

@@ -1,0 +1,441 @@
+"""What each policy promises, on full score rows, bit for bit, on a CPU; and `native`, which must break it.
+
+Launching as a CUDA graph (property 8) has no counterpart here: the engine knows eager launches only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from invariance import (
+    DTYPES,
+    SIZES,
+    TINY,
+    AttentionByTokens,
+    Clients,
+    Comparison,
+    Packed,
+    SplitByBatch,
+    SplitBySlot,
+    alone,
+    compare_capacities,
+    compare_companies_of_client,
+    compare_cuts,
+    compare_neighbours,
+    compare_phases,
+    compare_prefill_with_decode,
+    compare_sizes,
+    compare_slots,
+    fingerprints,
+    fingerprints_elsewhere,
+    load_model,
+    make_engine,
+    make_ids,
+    make_pool,
+    make_request,
+    own_model,
+    padded_companies,
+    run,
+    shared_engine,
+    vocabulary_of,
+)
+
+from stablegen.client import Client
+from stablegen.engine.base import Engine
+from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.engine.self_check import self_check
+from stablegen.errors import PolicyError, PromiseWarning
+from stablegen.kernels.base import KernelSet
+from stablegen.policy import Batch
+
+Begin = Callable[[str, str, Engine], Comparison]
+
+GPT2S = ("random-gpt2", "tiny-gpt2")
+PROMPT = 21
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Leave the other processors to other tests; ``test_threads`` uses more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def needle_of(name: str, length: int = PROMPT, steps: int = 4) -> Any:
+    return make_request(make_ids(1000, length, vocabulary_of(name)), steps)
+
+
+# --- invariant --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "largest"),
+    [
+        ("random-gpt2", "float32", 257),
+        ("random-gpt2", "float16", 65),
+        ("random-gpt2", "bfloat16", 65),
+        *[("tiny-gpt2", dtype, 17) for dtype in DTYPES],
+    ],
+)
+def test_batch_size(compare: Begin, name: str, dtype: str, largest: int) -> None:
+    engine = shared_engine(name, "invariant", dtype)
+    comparison = compare("batch size", name, engine)
+    compare_sizes(comparison, engine, make_pool(name), [size for size in SIZES if size <= largest])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_batch_size_with_threads(compare: Begin, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        engine = make_engine("random-gpt2", "invariant", "float32")
+        comparison = compare(f"batch size, {threads} threads", "random-gpt2", engine)
+        assert engine.numerics.threads == threads
+        compare_sizes(comparison, engine, make_pool("random-gpt2", count=4), [2, 8, 17])
+    finally:
+        torch.set_num_threads(1)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GPT2S)
+def test_slot_and_permutation(compare: Begin, name: str, dtype: str) -> None:
+    engine = shared_engine(name, "invariant", dtype)
+    comparison = compare("slot", name, engine)
+    compare_slots(comparison, engine, needle_of(name), make_pool(name, count=8))
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GPT2S)
+def test_neighbours(compare: Begin, name: str, dtype: str) -> None:
+    engine = shared_engine(name, "invariant", dtype)
+    comparison = compare("neighbours", name, engine)
+    compare_neighbours(comparison, engine, needle_of(name), vocabulary_of(name), [1, 33, 100])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GPT2S)
+def test_neighbours_in_another_phase(compare: Begin, name: str, dtype: str) -> None:
+    comparison = compare("phase", name, shared_engine(name, "invariant", dtype))
+    compare_phases(comparison, own_model(name, dtype), vocabulary_of(name), [1, 5, 16, 17])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "every"),
+    [("random-gpt2", "float32", 1), ("random-gpt2", "float16", 3), ("random-gpt2", "bfloat16", 3)]
+    + [("tiny-gpt2", dtype, 11) for dtype in DTYPES],
+)
+def test_prefill_in_pieces(compare: Begin, name: str, dtype: str, every: int) -> None:
+    comparison = compare("chunked prefill", name, shared_engine(name, "invariant", dtype))
+    cuts = [[at] for at in range(1, 70, every)] + [[1, 2, 3], [16, 32, 48, 64], [15, 17, 63, 65], list(range(1, 70))]
+    compare_cuts(comparison, own_model(name, dtype), make_ids(5, 70, vocabulary_of(name)), cuts)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_in_chunks_of_the_engine(compare: Begin, dtype: str) -> None:
+    whole = shared_engine("random-gpt2", "invariant", dtype)
+    assert isinstance(whole, GPT2Engine)
+    comparison = compare("chunked prefill of a batch", "random-gpt2", whole)
+    batch = Batch((needle_of("random-gpt2", 70), *make_pool("random-gpt2", count=5)))
+    expected = run(whole, batch)
+    for chunk in (1, 2, 7, 16, 63, 64, 65):
+        for slot, answer in run(GPT2Engine(whole.model, whole.numerics, chunk=chunk), batch).items():
+            comparison.add(f"chunks of {chunk}", expected[slot].scores, answer.scores)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GPT2S)
+def test_prefill_is_decode(compare: Begin, name: str, dtype: str) -> None:
+    engine = shared_engine(name, "invariant", dtype)
+    comparison = compare("prefill against decode", name, engine)
+    compare_prefill_with_decode(comparison, engine, needle_of(name, 60, steps=8))  # across a block of 64 keys
+    comparison.assert_equal()
+
+
+def test_prefill_is_decode_in_a_long_context(compare: Begin) -> None:
+    comparison = compare("long context", "tiny-gpt2", shared_engine("tiny-gpt2", "invariant", "float32"))
+    edges = [127, 128, 129, 191, 192, 193, 511, 512, 513, 575, 576, 577]
+    compare_cuts(comparison, own_model("tiny-gpt2", "float32"), make_ids(6, 600, 4096), [edges])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GPT2S)
+def test_length_and_past_of_the_cache(compare: Begin, name: str, dtype: str) -> None:
+    comparison = compare("KV cache length", name, shared_engine(name, "invariant", dtype))
+    compare_capacities(comparison, own_model(name, dtype), vocabulary_of(name))
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("policy", ["invariant", "single"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restart_of_the_engine(compare: Begin, policy: str, dtype: str) -> None:
+    first, second = (make_engine("random-gpt2", policy, dtype) for _ in range(2))
+    assert first.numerics == second.numerics
+    comparison = compare("engine restart", "random-gpt2", first)
+    for request in make_pool("random-gpt2", count=3, seed=40):
+        comparison.add("restarted", alone(first, request).scores, alone(second, request).scores)
+    comparison.assert_equal()
+
+
+def test_another_process(compare: Begin) -> None:
+    here, there = fingerprints("random-gpt2", "cpu"), fingerprints_elsewhere("random-gpt2", "cpu")
+    assert here.keys() == there.keys()
+    for setup, mine in here.items():
+        policy, dtype = setup.split()
+        comparison = compare("another process", "random-gpt2", shared_engine("random-gpt2", policy, dtype))
+        assert mine["numerics"] == there[setup]["numerics"]
+        comparison.add_hashes(setup, mine["hashes"], there[setup]["hashes"])
+        comparison.assert_equal()
+
+
+# --- single and padded ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["random-gpt2", "tiny-gpt2", "random-llama"])
+def test_single_repeats(compare: Begin, name: str, dtype: str) -> None:
+    engine = shared_engine(name, "single", dtype)
+    comparison = compare("repeated after others", name, engine)
+    needle = needle_of(name, 9)
+    first = alone(engine, needle)
+    comparison.add("again", first.scores, alone(engine, needle).scores)
+    for other in make_pool(name, count=3):
+        alone(engine, other)
+        comparison.add("after others", first.scores, alone(engine, needle).scores)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows"),
+    [
+        *[(name, dtype, rows) for name in GPT2S for dtype in ("float32", "bfloat16") for rows in (4, 8)],
+        ("random-gpt2", "float16", 2),  # transformers computes it slowly on a CPU
+        ("random-llama", "float32", 4),
+        ("random-llama", "bfloat16", 4),
+    ],
+)
+def test_padded_company(compare: Begin, name: str, dtype: str, rows: int) -> None:
+    engine = shared_engine(name, f"padded:{rows}", dtype)
+    check = self_check(engine, vocabulary_of(name), 64)
+    assert check.passed, check.checks
+    comparison = compare("company in a padded batch", name, engine)
+    needle, others = needle_of(name), make_pool(name, count=7, longest=60)
+    companies = padded_companies(needle, others, rows, 64, moved=check.slot_free)
+    expected = run(engine, companies.pop("alone"))[0].scores
+    for situation, batch in companies.items():
+        answers = run(engine, batch)
+        found = next(answers[slot] for slot, request in batch.requests if request is needle)
+        comparison.add(situation, expected, found.scores)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [(policy, "float32") for policy in ("invariant", "single", "padded:4", "padded:8")]
+    + [(policy, "bfloat16") for policy in ("invariant", "padded:4")],
+)
+def test_company_through_the_client(compare: Begin, tmp_path: Path, policy: str, dtype: str) -> None:
+    clients = Clients(tmp_path, "random-gpt2", policy, dtype)
+    assert clients.check.passed, clients.check.checks
+    comparison = compare("company through the client", "random-gpt2", clients)
+    prompts = [make_ids(i, length, 1031) for i, length in enumerate((21, 40, 1, 63, 12, 100))]
+    records = compare_companies_of_client(comparison, clients, prompts)
+    slots = {record.composition.slot for record in records}
+    if policy == "single" or not clients.check.slot_free:
+        assert slots == {0}
+    else:
+        assert len(slots) > 2
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("policy", ["invariant", "single", "padded:4"])
+def test_padding_side_and_amount(compare: Begin, tmp_path: Path, policy: str) -> None:
+    clients = Clients(tmp_path, "random-gpt2", policy, "float32")
+    comparison = compare("padding", "random-gpt2", clients)
+    prompts = [make_ids(1, 20, 1031), make_ids(2, 13, 1031)]
+    expected = None
+    for left, right in ((0, 0), (1, 0), (0, 1), (9, 30), (63, 0), (0, 64)):
+        for pad in (0, 1030):
+            width = left + 20 + right
+            ids, mask = torch.full((2, width), pad), torch.zeros(2, width, dtype=torch.int64)
+            for row, prompt in enumerate(prompts):
+                ids[row, left : left + len(prompt)] = torch.tensor(prompt)
+                mask[row, left : left + len(prompt)] = 1
+            with clients.fresh() as client:
+                out = client.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True)
+            traces = [done.trace for done in out.completions]
+            assert out.sequences[:, width:].tolist() == [list(trace.tokens) for trace in traces]
+            expected = expected or traces
+            for first, trace in zip(expected, traces, strict=True):
+                comparison.add_hashes(f"{left} left, {right} right", first.score_hash, trace.score_hash)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_invariant_refuses_a_llama(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(PolicyError, match="'llama', not GPT-2"):
+        make_engine("random-llama", "invariant", dtype)
+    with pytest.raises(PolicyError, match="'llama', not GPT-2"):
+        Clients(tmp_path, "random-llama", "invariant", dtype)
+
+
+# --- the control ------------------------------------------------------------------------------------------------------
+
+
+def test_native_breaks_what_the_others_promise(compare: Begin) -> None:
+    differing = {}
+    for name in ("random-gpt2", "tiny-gpt2", "random-llama"):
+        for dtype in ("float32", "bfloat16"):
+            engine = shared_engine(name, "native", dtype)
+            comparison = compare("control", name, engine)
+            compare_sizes(comparison, engine, make_pool(name, count=9), [2, 3, 8, 16, 33])
+            compare_neighbours(comparison, engine, needle_of(name), vocabulary_of(name), [1, 33, 100])
+            compare_slots(comparison, engine, needle_of(name), make_pool(name, count=4))
+            compare_prefill_with_decode(comparison, engine, needle_of(name, 60))
+            differing[name, dtype] = comparison.differing
+    assert sum(differing.values()) > 0, f"no bit moved under native: these tests show nothing here: {differing}"
+
+
+def test_native_breaks_it_through_the_client(compare: Begin, tmp_path: Path) -> None:
+    clients = Clients(tmp_path, "random-gpt2", "native", "float32")
+    assert not clients.check.passed
+    comparison = compare("control through the client", "random-gpt2", clients)
+    compare_companies_of_client(comparison, clients, [make_ids(i, 5 + 17 * i, 1031) for i in range(6)])
+    assert comparison.differing > 0
+
+
+BROKEN = [SplitByBatch, SplitBySlot, AttentionByTokens]
+
+
+def broken_model(kernels: KernelSet, dtype: str) -> GPT2:
+    model = load_model("random-gpt2", dtype)
+    own = getattr(torch, dtype)
+    return GPT2(model.config.to_dict(), model.state_dict(), kernels, dtype=own, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernels", BROKEN)
+def test_broken_kernels_fail_the_self_check(kernels: type[KernelSet], dtype: str) -> None:
+    numerics = shared_engine("random-gpt2", "invariant", dtype).numerics
+    assert not self_check(GPT2Engine(broken_model(kernels(), dtype), numerics), 1031).passed
+
+
+@pytest.mark.parametrize("kernels", BROKEN)
+def test_broken_kernels_are_seen_by_these_tests(kernels: type[KernelSet]) -> None:
+    name, model = "random-gpt2", broken_model(kernels(), "float32")
+    engine = GPT2Engine(model, shared_engine(name, "invariant", "float32").numerics)
+    checks: dict[str, Callable[[Comparison], None]] = {
+        "sizes": lambda c: compare_sizes(c, engine, make_pool(name), [2, 16, 33]),
+        "slots": lambda c: compare_slots(c, engine, needle_of(name, 7), make_pool(name, count=8)),
+        "neighbours": lambda c: compare_neighbours(c, engine, needle_of(name, 7), 1031, [33]),
+        "prefill": lambda c: compare_prefill_with_decode(c, engine, needle_of(name, 30)),
+        "cuts": lambda c: compare_cuts(c, model, make_ids(5, 40, 1031), [[3], [20], [33]]),
+        "phases": lambda c: compare_phases(c, model, 1031, [16]),
+    }
+    blind = []
+    for check, compare_with in checks.items():
+        comparison = Comparison("", check, name, "invariant", "float32", "cpu")
+        compare_with(comparison)
+        if not comparison.moved:
+            blind.append(check)
+    assert blind == []
+
+
+@pytest.mark.parametrize("kernels", BROKEN)
+def test_nothing_is_exact_with_broken_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: type[KernelSet]
+) -> None:
+    from tokenizers import Tokenizer
+
+    monkeypatch.setattr("stablegen.engine.loading.kernels_for", lambda device: kernels())
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    with Client(
+        load_model("random-gpt2"), tokenizer, policy="invariant", on_risk="serve", cache_dir=tmp_path
+    ) as client:
+        request = client.make_request(make_ids(1, 30, 1031), {"max_new_tokens": 4})
+        with pytest.warns(PromiseWarning, match="does not keep its promise"):
+            first = client.run([request])[0]
+        hit = client.run([request])[0]
+    assert not first.cached and hit.cached
+    assert first.verdict.status != "exact" and hit.verdict.status != "exact"
+
+
+# --- agreement with transformers --------------------------------------------------------------------------------------
+
+
+def logits_of(model: Any, ids: Sequence[int], steps: int) -> torch.Tensor:
+    """Return the raw scores [steps, V] of transformers' own ``generate``."""
+    prompt = torch.tensor([ids])
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.cat(out.logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["random-gpt2", "tiny-gpt2", "random-llama"])
+def test_single_is_transformers_generate(compare: Begin, name: str, dtype: str) -> None:
+    engine = shared_engine(name, "single", dtype)
+    comparison = compare("agreement with generate", name, engine)
+    request = needle_of(name, 9, steps=5)
+    comparison.add("generate", logits_of(load_model(name, dtype), request.prompt_ids, 5), alone(engine, request).scores)
+    comparison.assert_equal()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GPT2S)
+def test_invariant_is_as_accurate_as_transformers(name: str, dtype: str) -> None:
+    ids = make_ids(8, 70, vocabulary_of(name))
+    ours = Packed(own_model(name, dtype)).feed((0, ids))[0]
+    with torch.inference_mode():
+        model = load_model(name, dtype)
+        theirs = model(input_ids=torch.tensor([ids])).logits[0]
+        exact = deepcopy(model).double()(input_ids=torch.tensor([ids])).logits[0]
+    assert relative_error(ours, theirs) < {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
+    assert relative_error(ours, exact) < {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}[dtype]
+    assert relative_error(ours, exact) < 2 * relative_error(theirs, exact)
+
+
+# --- a trained model with the real vocabulary -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mini_gpt2(compare: Begin, mini_gpt2: str, dtype: str) -> None:
+    engine = shared_engine(mini_gpt2, "invariant", dtype)
+    comparison = compare("all but size", mini_gpt2, engine)
+    compare_sizes(comparison, engine, make_pool(mini_gpt2, count=5), [2, 17])
+    compare_prefill_with_decode(comparison, engine, needle_of(mini_gpt2))
+    compare_cuts(comparison, own_model(mini_gpt2, dtype), make_ids(5, 70, 50257), [[17], [63, 64, 65]])
+    comparison.assert_equal()
+
+
+def test_native_breaks_mini_gpt2(compare: Begin, mini_gpt2: str) -> None:
+    engine = shared_engine(mini_gpt2, "native", "float32")
+    comparison = compare("control", mini_gpt2, engine)
+    compare_sizes(comparison, engine, make_pool(mini_gpt2, count=5), [2, 17])
+    compare_prefill_with_decode(comparison, engine, needle_of(mini_gpt2))
+    assert comparison.differing > 0
