@@ -110,7 +110,7 @@ def numerics_on(device: Device, policy: ExecutionPolicy, dtype: str, *, attentio
         compute_capability=None if device.capability is None else "{}.{}".format(*device.capability),
         sm_count=device.sm_count,
         instruction_set=device.instruction_set,
-        threads=device.threads,
+        threads=1 if own and not device.is_cuda else device.threads,  # its CPU kernels go row by row
         torch=version_of("torch") or "missing",
         cuda=torch_cuda_version() if device.is_cuda else None,
         triton=version_of("triton") if own and device.is_cuda else None,

@@ -414,6 +414,8 @@ def fingerprints_elsewhere(name: str, device: str) -> dict[str, dict[str, Any]]:
 class SplitByBatch(ReferenceKernels):
     """Sums in two halves where the batch has 8 rows or more, as a library does that picks split-K by M."""
 
+    rows = 8
+
     def linear(
         self,
         x: torch.Tensor,
@@ -423,7 +425,7 @@ class SplitByBatch(ReferenceKernels):
         residual: torch.Tensor | None = None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        if len(x) < 8 or activation != "none":
+        if len(x) < self.rows or activation != "none":
             return super().linear(x, layer, activation=activation, residual=residual, out_dtype=out_dtype)
         return self._split(x, layer, residual, out_dtype)
 
@@ -455,6 +457,12 @@ class SplitBySlot(SplitByBatch):
         return out
 
 
+class SplitByLargeBatch(SplitByBatch):
+    """Sums in two halves in large batches only."""
+
+    rows = 300
+
+
 class AttentionByTokens(ReferenceKernels):
     """Scales in another order where there are 24 tokens or more, as another attention kernel would."""
 
@@ -462,6 +470,27 @@ class AttentionByTokens(ReferenceKernels):
         if len(query) < 24:
             return super().attention(query, *operands, scale=scale, **more)
         return super().attention((query.float() * 3).to(query.dtype), *operands, scale=scale / 3, **more)
+
+
+class AttentionByCapacity(ReferenceKernels):
+    """Scales in another order where the KV cache is long, as a split of its length would."""
+
+    def attention(self, query: torch.Tensor, keys: torch.Tensor, *rest: Any, scale: float, **more: Any) -> torch.Tensor:
+        if keys.shape[2] <= 192:
+            return super().attention(query, keys, *rest, scale=scale, **more)
+        return super().attention((query.float() * 3).to(query.dtype), keys, *rest, scale=scale / 3, **more)
+
+
+class LoneDecode(ReferenceKernels):
+    """Scales in another order where one token is decoded behind the first block of keys."""
+
+    def attention(
+        self, query: torch.Tensor, *rest: Any, positions: torch.Tensor, scale: float, **more: Any
+    ) -> torch.Tensor:
+        if len(query) > 1 or int(positions[0]) < 64:
+            return super().attention(query, *rest, positions=positions, scale=scale, **more)
+        scaled = (query.float() * 3).to(query.dtype)
+        return super().attention(scaled, *rest, positions=positions, scale=scale / 3, **more)
 
 
 if __name__ == "__main__":

@@ -222,8 +222,9 @@ def test_warn_warns_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             done = asking.complete("Hello", max_new_tokens=NEW)
         assert (done.cached, done.record) == (True, made)
         assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
-        with pytest.warns(MarginWarning):
-            asking.complete(["Hello"], max_new_tokens=NEW)
+        with pytest.warns(MarginWarning) as caught:
+            asking.complete(["Hello", "Hello"], max_new_tokens=NEW)
+        assert len(caught) == 1
         (hit,) = asking.warnings()
         assert made.trace is not None
         assert (hit.app, hit.key, hit.prompt) == ("audit", made.key, "Hello")

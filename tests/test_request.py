@@ -140,17 +140,25 @@ def test_a_prompt_is_text(prompt: object) -> None:
         check_prompt(prompt)
 
 
-@pytest.mark.parametrize(
-    ("length", "new", "error"),
-    [(1, 9, None), (9, 1, None), (9, 2, ContextLengthError), (10, 1, ContextLengthError), (0, 1, PromptError)],
-)
-def test_prompt_and_answer_fit_the_context(length: int, new: int, error: type[Exception] | None) -> None:
+@pytest.mark.parametrize(("length", "new"), [(1, 9), (9, 1)])
+def test_prompt_and_answer_fit_the_context(length: int, new: int) -> None:
     asked = request((3,) * length, new=new)
-    if error is None:
-        assert check_fits(asked, context=10, vocabulary=4) is asked
-    else:
-        with pytest.raises(error):
-            check_fits(asked, context=10, vocabulary=4)
+    assert check_fits(asked, context=10, vocabulary=4) is asked
+
+
+@pytest.mark.parametrize(
+    ("length", "new", "error", "told"),
+    [
+        (9, 2, ContextLengthError, "max_new_tokens up to 1 "),
+        (2, 9, ContextLengthError, "max_new_tokens up to 8 "),
+        (10, 1, ContextLengthError, "at most 9 tokens"),
+        (11, 1, ContextLengthError, "at most 9 tokens"),
+        (0, 1, PromptError, "no tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused(length: int, new: int, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        check_fits(request((3,) * length, new=new), context=10, vocabulary=4)
 
 
 @pytest.mark.parametrize("token", [4, -1])

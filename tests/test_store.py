@@ -125,6 +125,12 @@ def test_the_directory_is_the_users_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "new" / "cache").stat().st_mode) == 0o700
 
 
+def test_a_cache_opened_to_others_is_closed_again(store: DiskStore) -> None:
+    store.path.chmod(0o755)
+    DiskStore(store.path).close()
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o700
+
+
 def test_nothing_is_evicted_unless_asked(store: DiskStore) -> None:
     assert store._cache.eviction_policy == "none"
     assert store._cache.cull_limit == 0
@@ -400,14 +406,15 @@ for token in range(20):
         assert store.stats().records == len(list(store.records())) == 60
 
 
-def fill(store: DiskStore) -> None:
-    """Let the database grow no further, as on a full disk."""
-    store._cache._sql("PRAGMA max_page_count = 1")  # SQLite takes the pages there are for the least
+def fill(store: DiskStore, *, spare: int = 0) -> None:
+    """Let the database grow by ``spare`` pages of 4 KB and no further, as on a full disk."""
+    (pages,) = store._cache._sql("PRAGMA page_count").fetchone()
+    assert store._cache._sql(f"PRAGMA max_page_count = {pages + spare}").fetchone() == (pages + spare,)
 
 
 def test_a_full_disk_loses_nothing_stored_before(store: DiskStore) -> None:
     store.put([made(1)])
-    fill(store)
+    fill(store, spare=5)
     many = [record(request((2, token)), margins=[1.0] * 100) for token in range(20)]
     with pytest.raises(CacheWriteError, match=r"20 entries could not be written.*full.*Free disk space"):
         store.put(many)

@@ -13,8 +13,10 @@ from stablegen.request import GenerationParams, ModelIdentity, Request
 
 _EQUAL, _BESIDE, _SLOT = "equal", "beside other rows", "in another slot"
 _STEPS = 4
-_LENGTHS = (21, 40)
-"""Prompt lengths of the needles in tokens; the prompts beside them have other lengths."""
+_NEEDLES = (21, 130)
+"""Prompt lengths whose bits must not move, in tokens: inside one block of keys, and over several."""
+_OTHERS = (520, *(1 + 7 * i % 32 for i in range(15)))
+"""Prompt lengths beside them: one that makes batch and KV cache large, and many short ones."""
 
 
 def self_check(engine: Engine, vocabulary: int, width: int | None = None) -> SelfCheck:
@@ -29,9 +31,11 @@ def self_check(engine: Engine, vocabulary: int, width: int | None = None) -> Sel
         assert width is not None
         checks = _check_padded(engine, vocabulary, policy.rows, width)
     else:
-        longest = engine.limits.context - _STEPS - 1
-        needles = [_request(seed, min(length, longest), vocabulary) for seed, length in enumerate(_LENGTHS)]
-        others = [_request(100 + i, 1 + (7 * i) % min(32, longest), vocabulary) for i in range(16)]
+        longest = engine.limits.context - _STEPS
+        needles, others = (
+            [_request(seed, min(length, longest), vocabulary) for seed, length in enumerate(lengths, start)]
+            for start, lengths in ((0, _NEEDLES), (100, _OTHERS))
+        )
         checks = {}
         for needle in needles:
             checks |= _check_rows(engine, needle, others, packed=isinstance(policy, Invariant))
@@ -68,9 +72,8 @@ def _check_rows(engine: Engine, needle: Request, others: list[Request], *, packe
     alone = _trace(engine, Batch((needle,)), needle)
     checks = _compare("repeated", alone, [_trace(engine, Batch((needle,)), needle)])
     if packed:
-        beside = [Batch((needle, *others[:2]))]
-        moved = [Batch((*others[:8], needle)), Batch((*others[:11], needle, *others[11:]))]
-        checks |= _compare(_BESIDE, alone, [_trace(engine, batch, needle) for batch in beside])
+        checks |= _compare(_BESIDE, alone, [_trace(engine, Batch((needle, *others[:2])), needle)])
+        moved = [Batch((*others[1:9], needle)), Batch((*others[1:12], needle, *others[12:]))]
         checks |= _compare(_SLOT, alone, [_trace(engine, batch, needle) for batch in moved])
         checks |= _prefill_against_decode(engine, needle, alone)
     return checks
