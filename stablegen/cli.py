@@ -291,7 +291,7 @@ def _print_record(client: Client, record: Record) -> None:
         console.print(f"   superseded  {old.text!r} by {old.numerics.summary()}", markup=False, highlight=False)
     if record.trace is None:
         return
-    risks = flip_probabilities(record.trace, record.numerics.dtype, client.numerics.dtype)
+    risks = flip_probabilities(record.trace, record.numerics, client.numerics)
     table = _table("step", "token", "runner-up", "margin", "p(flip)", "")
     for step, (best, second, margin, risk) in enumerate(
         zip(record.trace.tokens, record.trace.runner_ups, record.trace.margins, risks, strict=True)

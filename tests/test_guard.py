@@ -55,6 +55,11 @@ def test_a_check_of_other_numerics_proves_nothing() -> None:
     assert judge(record(), HERE, check=passed(ELSEWHERE)).status != "exact"
 
 
+def flips(made: Trace, recorded: str, now: str, device: str = "cuda") -> list[float]:
+    """Return the prior's probabilities between two dtypes on one kind of device."""
+    return flip_probabilities(made, numerics(dtype=recorded, device=device), numerics(dtype=now, device=device))
+
+
 def test_unknown_without_a_trace() -> None:
     verdict = judge(untraced(), ELSEWHERE, check=passed(ELSEWHERE))
     assert (verdict.status, verdict.probability, verdict.step, verdict.basis) == ("unknown", None, None, "none")
@@ -68,7 +73,7 @@ def test_the_accepted_risk_divides_stable_from_at_risk(
     made = record(margins=gaps, numerics=numerics(dtype=recorded))
     assert made.trace is not None
     verdict = judge(made, numerics(dtype=now, torch="0.0.1"), check=None, accepted_risk=accepted)
-    risks = flip_probabilities(made.trace, recorded, now)
+    risks = flips(made.trace, recorded, now, "cpu")
     expected = 1 - prod(1 - risk for risk in risks)
     assert verdict.probability == pytest.approx(expected, abs=1e-12)
     assert verdict.status == ("at_risk" if verdict.probability > accepted else "stable")
@@ -89,31 +94,40 @@ def test_a_wider_margin_is_never_riskier(gaps: list[float], step: int, wider: fl
 
 @given(margins, dtypes)
 def test_a_flip_is_at_worst_even(gaps: list[float], dtype: str) -> None:
-    assert all(0 <= risk <= 0.5 for risk in flip_probabilities(trace(gaps), dtype, dtype))
-    assert flip_probabilities(trace([0.0]), dtype, dtype) == [0.5]
+    assert all(0 <= risk <= 0.5 for risk in flips(trace(gaps), dtype, dtype))
+    assert flips(trace([0.0]), dtype, dtype) == [0.5]
 
 
 @pytest.mark.parametrize(
-    ("recorded", "now", "sigma"),
+    ("recorded", "now", "device", "sigma"),
     [
-        ("bfloat16", "bfloat16", 0.5 * 2**-3),
-        ("float16", "float16", 0.5 * 2**-6),
-        ("float32", "float32", 8 * 2**-19),
-        ("float32", "bfloat16", 2**-3),
-        ("bfloat16", "float32", 2**-3),
-        ("float16", "float32", 2**-6),
+        ("bfloat16", "bfloat16", "cuda", 0.5 * 2**-3),
+        ("bfloat16", "bfloat16", "cpu", 1.6 * 2**-3),
+        ("float16", "float16", "cuda", 0.5 * 2**-6),
+        ("float32", "float32", "cuda", 16 * 2**-19),
+        ("float32", "float32", "cpu", 110 * 2**-19),
+        ("float32", "bfloat16", "cuda", 2.2 * 2**-3),
+        ("bfloat16", "float32", "cpu", 2.2 * 2**-3),
+        ("float16", "float32", "cuda", 2.2 * 2**-6),
     ],
 )
 @pytest.mark.parametrize("score", [20.0, -20.0])
-def test_the_noise_of_the_prior(recorded: str, now: str, sigma: float, score: float) -> None:
+def test_the_noise_of_the_prior(recorded: str, now: str, device: str, sigma: float, score: float) -> None:
     # scores from 16 to 32: one unit in the last place of bfloat16 is 2 ** (4 - 7)
     made = Trace.of([1], [2], [score], [score - sigma], [0])
     margin = score - made.runner_up_scores[0]
-    assert flip_probabilities(made, recorded, now) == [pytest.approx(0.5 * erfc(margin / sigma / sqrt(2)))]
+    assert flips(made, recorded, now, device) == [pytest.approx(0.5 * erfc(margin / sigma / sqrt(2)))]
+
+
+def test_the_noise_is_a_cpus_where_either_is() -> None:
+    here, there = numerics(device="cuda"), numerics(device="cpu")
+    made = trace([0.0001])
+    assert flip_probabilities(made, here, there) == flip_probabilities(made, there, there)
+    assert flip_probabilities(made, here, here) != flip_probabilities(made, there, there)
 
 
 def test_the_noise_grows_with_the_score_and_not_below_one() -> None:
-    small, one, large = (flip_probabilities(trace([0.01], score=s), "bfloat16", "bfloat16")[0] for s in (0.1, 1.9, 100))
+    small, one, large = (flips(trace([0.01], score=s), "bfloat16", "bfloat16")[0] for s in (0.1, 1.9, 100))
     assert small == pytest.approx(one, rel=1e-4)
     assert large > one
 
@@ -122,7 +136,7 @@ def test_the_noise_grows_with_the_score_and_not_below_one() -> None:
 def test_the_prior_gives_the_measured_divergence(dtype: str, measured: float) -> None:
     # the basis of the prior: 5 % of all margins lie under 0.125, evenly; scores from 16 to 32; answers of 64 tokens
     bins = 4000
-    risks = flip_probabilities(trace([0.125 * (place + 0.5) / bins for place in range(bins)]), dtype, dtype)
+    risks = flips(trace([0.125 * (place + 0.5) / bins for place in range(bins)]), dtype, dtype)
     per_step = 0.05 * sum(risks) / bins
     assert measured / 2 < 1 - (1 - per_step) ** 64 < measured * 2
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 PROMPTS = (
     "Tell me about yourself.\nanswer : ",
-    "What did you do last weekend?\nanswer : ",
-    "The captain looked at the sea and",
-    "Do you like old films?\nanswer : ",
+    "The old man began to speak about music, and",
+    "What do you think about history?\nanswer : ",
+    "She had never cared for books; but",
 )
 NEIGHBOURS = (
     "Yes.",
