@@ -19,6 +19,7 @@ from stablegen.request import ModelIdentity
 EMBEDDED = "tiny-gpt2"
 _PATTERNS = ["*.json", "*.safetensors"]
 _ATTEMPTS = 4
+_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2")
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
 
 
@@ -92,8 +93,8 @@ def open_checkpoint(model: str | Path | None, revision: str | None, memory: Dige
     """
     if model is None or model == EMBEDDED:
         return _read(Path(__file__).parent / "models" / EMBEDDED, None, EMBEDDED, memory)
-    text = str(model)
-    path = Path(text).expanduser()
+    text = str(model).encode("utf-8", "replace").decode()  # a file name need not be text; the record's JSON is
+    path = Path(model).expanduser()
     if isinstance(model, Path) or path.is_dir() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         if not path.is_dir():
             raise CheckpointError(
@@ -132,7 +133,10 @@ def weight_files(directory: Path) -> list[Path]:
     """Return the checkpoint's safetensors files, in order; raise ``CheckpointError`` where a shard is missing."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map", hint="Save or download the model again")
+        shards = sorted(set(weight_map.values()))
         absent = [shard for shard in shards if not (directory / shard).is_file()]
         if absent:
             raise CheckpointError(f"the model directory {directory} misses {', '.join(absent)}")
@@ -212,11 +216,11 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
 def with_retries(action: Callable[[], Path]) -> Path:
     """Run a download, up to four times where the network failed, with growing pauses."""
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
     retrying = Retrying(
         retry=retry_if_exception(is_network_error),
-        wait=wait_exponential_jitter(initial=0.5, max=8.0),
+        wait=wait_random_exponential(multiplier=0.5, max=8.0),
         stop=stop_after_attempt(_ATTEMPTS),
         reraise=True,
     )
@@ -224,9 +228,14 @@ def with_retries(action: Callable[[], Path]) -> Path:
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Return whether trying again may help: connections, timeouts and server errors, not 401 or 404."""
+    """Return whether trying again may help: connections, timeouts and server errors, not 401 or 404.
+
+    The hub client wraps what its HTTP library raised, so the error's causes are asked too.
+    """
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return bool(status == 429 or status >= 500)
-    transport = any(kind.__module__.split(".")[0] in ("httpx", "httpx2", "httpcore") for kind in type(error).__mro__)
-    return transport or isinstance(error, ConnectionError | TimeoutError)
+    transport = any(kind.__module__.split(".")[0] in _TRANSPORTS for kind in type(error).__mro__)
+    if transport or isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return error.__cause__ is not None and is_network_error(error.__cause__)

@@ -449,7 +449,7 @@ def doctor(
             print(f"{'kept' if check.passed else 'BROKEN'}: {check.numerics.summary()}{width}")
             for name, result in check.checks.items():
                 print(f"    {name}: {result}")
-            if check.passed and not check.slot_free:
+            if check.passed and check.width is not None and not check.slot_free:
                 print("    so each request stands in slot 0 of a batch of its own")
         if not load_policy(client.policy).promises:
             print(f"policy {client.policy} promises nothing; hits under it are judged by their margins")

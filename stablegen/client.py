@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
 
 from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
-from stablegen.device import Device
 from stablegen.engine.base import Engine, Generated
 from stablegen.errors import (
     CacheWriteError,
@@ -22,6 +21,7 @@ from stablegen.errors import (
     DeviceError,
     DivergenceRiskError,
     EngineError,
+    InvalidRequestError,
     MarginWarning,
     PromiseWarning,
     RecordNotFoundError,
@@ -81,6 +81,11 @@ class _Work:
 
     requests: dict[str, Request] = field(default_factory=dict)
     hits: dict[str, Record] = field(default_factory=dict)
+    failure: StablegenError | None = None
+
+    def fail(self, error: StablegenError) -> None:
+        """Remember the first failure; it is raised when all else is done."""
+        self.failure = self.failure or error
 
 
 class Client:
@@ -109,19 +114,24 @@ class Client:
         from stablegen.hf import LoadedModel
 
         loaded = LoadedModel(model)
-        self._set_up(
-            loaded,
-            loaded.start,
-            Tokenizer.from_object(tokenizer),
-            policy=load_policy(policy),
-            dtype=loaded.dtype,
-            device=find_device(loaded.device, loaded.dtype),
-            attention=loaded.attention,
-            on_risk=on_risk,
-            accepted_risk=accepted_risk,
-            store=open_store(cache_dir, size_limit),
-            app=app,
-        )
+        device = find_device(loaded.device, loaded.dtype)
+        store = open_store(cache_dir, size_limit)
+        try:
+            self._set_up(
+                loaded,
+                loaded.start,
+                Tokenizer.from_object(tokenizer),
+                numerics_on(
+                    device, load_policy(policy), loaded.dtype, attention=loaded.attention, alignment=loaded.alignment
+                ),
+                on_risk=on_risk,
+                accepted_risk=accepted_risk,
+                store=store,
+                app=app,
+            )
+        except BaseException:
+            store.close()
+            raise
 
     @classmethod
     def from_pretrained(
@@ -184,10 +194,7 @@ class Client:
                 checkpoint,
                 start,
                 Tokenizer.from_file(checkpoint.tokenizer_file, memory),
-                policy=load_policy(settings.policy),
-                dtype=settings.dtype,
-                device=device,
-                attention="sdpa",
+                numerics_on(device, load_policy(settings.policy), settings.dtype),
                 on_risk=settings.on_risk,
                 accepted_risk=settings.accepted_risk,
                 store=store,
@@ -203,11 +210,8 @@ class Client:
         source: ModelSource,
         start: Callable[[Numerics], Engine],
         tokenizer: Tokenizer,
+        numerics: Numerics,
         *,
-        policy: ExecutionPolicy,
-        dtype: str,
-        device: Device,
-        attention: str,
         on_risk: OnRisk,
         accepted_risk: float,
         store: Store,
@@ -217,15 +221,15 @@ class Client:
             raise ConfigError(f"on_risk={on_risk!r}", accepted=", ".join(get_args(OnRisk)))
         if not 0.0 <= accepted_risk <= 1.0:
             raise ConfigError(f"accepted_risk={accepted_risk!r}", accepted="a probability from 0 to 1")
-        if isinstance(policy, Invariant):
+        self.policy = load_policy(numerics.policy)
+        if isinstance(self.policy, Invariant):
             check_invariant(source.config)
-        self.policy = policy
         self.tokenizer = tokenizer
         self.on_risk = on_risk
         self.accepted_risk = accepted_risk
         self.app = app
         self.store = store
-        self.numerics = numerics_on(device, policy, dtype, attention=attention)
+        self.numerics = numerics
         self._source = source
         self._start_engine = start
         self._identity = source.identity
@@ -251,25 +255,38 @@ class Client:
         """Return the completion of a prompt, or those of several in their order; equal ones are computed once.
 
         ``params``: ``max_new_tokens`` (tokens, 64 unless given) and ``eos_token_id`` (the model's unless given).
-        Where part of a call fails, the rest is done and cached first; the error's ``completions`` hold it.
+        Bad input raises before anything runs. Where a part fails later, or a hit may not be served
+        (``on_risk="raise"``), the rest is done and cached first; the error's ``completions`` hold it.
         """
+        self._notice_changes()
         parameters = self._params(params)
         if isinstance(prompts, str):
             return self._run([self._asked(check_prompt(prompts), parameters)], progress)[0]
         items: Any = prompts
-        if not isinstance(items, Sequence):
+        if not isinstance(items, Sequence) or isinstance(items, bytes):
             check_prompt(items)
         return self._run([self._asked(check_prompt(prompt), parameters) for prompt in prompts], progress)
 
     def request(self, prompt: str, **params: Any) -> Request:
         """Return the request that ``complete`` would make of a prompt; raise the same errors for bad input."""
+        self._notice_changes()
         return self._asked(check_prompt(prompt), self._params(params))[1]
 
     def run(self, requests: Iterable[Request], *, progress: Progress | None = None) -> list[Completion]:
-        """Return the completions of requests made by ``request`` or the drop-in, in their order."""
+        """Return the completions of requests made by ``request`` or ``make_request``, in their order.
+
+        Raises ``InvalidRequestError`` for a request that was made for another model or tokenizer.
+        """
+        self._notice_changes()
         context, vocabulary = self._source.context, self._source.vocabulary
-        asked = [(request.key, check_fits(request, context, vocabulary)) for request in requests]
-        return self._run(asked, progress)
+        fitting = [check_fits(request, context, vocabulary) for request in requests]
+        for request in fitting:
+            if request.model.identity != self._identity.identity or request.tokenizer != self.tokenizer.digest:
+                raise InvalidRequestError(
+                    f"a request was made for {request.model.name!r}, not for {self._identity.name!r} as it is now",
+                    accepted="requests made by this client's request() or make_request()",
+                )
+        return self._run([(request.key, request) for request in fitting], progress)
 
     def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
         """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.
@@ -284,17 +301,8 @@ class Client:
 
     def make_request(self, prompt_ids: Sequence[int], arguments: dict[str, Any]) -> Request:
         """Return the request for prompt token ids and a caller's generation arguments."""
-        return Request(tuple(prompt_ids), self._params(arguments), self.model, self.tokenizer.digest)
-
-    @property
-    def model(self) -> ModelIdentity:
-        """Return which weights answer; a model object that was changed in place is another one."""
-        identity = self._source.identity
-        if identity is not self._identity:
-            self._identity, self._engine = identity, None
-            self._checks.clear()
-            self._asked.cache_clear()
-        return identity
+        self._notice_changes()
+        return Request(tuple(prompt_ids), self._params(arguments), self._identity, self.tokenizer.digest)
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -342,7 +350,11 @@ class Client:
         """
         with self._lock:
             self._start()
-            return self._measure(self.policy.width(1, self._source.context))
+            work = _Work()
+            check = self._measure(self.policy.width(1, self._source.context), work)
+            if work.failure is not None:
+                raise work.failure
+            return check
 
     def close(self) -> None:
         """Release the cache and the model."""
@@ -359,6 +371,14 @@ class Client:
 
     # -- one request's way -------------------------------------------------------------------------------------
 
+    def _notice_changes(self) -> None:
+        """Take a model object that was changed in place for another model: other keys, a new engine."""
+        identity = self._source.identity
+        if identity is not self._identity:
+            self._identity, self._engine = identity, None
+            self._checks.clear()
+            self._asked.cache_clear()
+
     def _params(self, arguments: dict[str, Any]) -> GenerationParams:
         budget = arguments.get("max_new_tokens")
         plain = len(arguments) == 1 and type(budget) is int
@@ -372,7 +392,8 @@ class Client:
 
     def _ask(self, prompt: str, params: GenerationParams) -> tuple[str, Request]:
         request = Request(self.tokenizer.encode(prompt), params, self._identity, self.tokenizer.digest, prompt)
-        return request.key, check_fits(request, self._source.context, self._source.vocabulary)
+        check_fits(request, self._source.context, self._source.vocabulary)
+        return request.key, request
 
     def _run(self, asked: list[tuple[str, Request]], progress: Progress | None) -> list[Completion]:
         results: dict[str, Completion] = {}
@@ -384,6 +405,9 @@ class Client:
                     results.clear()
                     work = self._look_up(asked, results)
                 self._compute(work, results, progress)
+        if work.failure is not None:
+            work.failure.completions = tuple(results.values())
+            raise work.failure
         return [results[key] for key, _ in asked]
 
     def _look_up(self, asked: list[tuple[str, Request]], results: dict[str, Completion]) -> _Work:
@@ -397,14 +421,17 @@ class Client:
                 continue
             verdict = self.judge(record)
             if verdict.flagged:
-                self._flag(record, verdict)
+                self._flag(record, verdict, work)
                 if self.on_risk == "raise":
-                    raise DivergenceRiskError(
-                        f"the cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}",
-                        key=key,
-                        verdict=verdict,
-                        hint="Recompute it with on_risk='recompute', or accept it with on_risk='serve'",
+                    work.fail(
+                        DivergenceRiskError(
+                            f"the cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}",
+                            key=key,
+                            verdict=verdict,
+                            hint="Recompute it with on_risk='recompute', or accept it with on_risk='serve'",
+                        )
                     )
+                    continue
                 if self.on_risk in ("verify", "recompute"):
                     work.requests[key], work.hits[key] = request, record
                     continue
@@ -414,13 +441,12 @@ class Client:
     def _compute(self, work: _Work, results: dict[str, Completion], progress: Progress | None) -> None:
         assert self._engine is not None
         total = len(results) + len(work.requests)
-        failure: StablegenError | None = None
         widths: dict[int | None, list[Request]] = {}
         for request in work.requests.values():
             width = self.policy.width(len(request.prompt_ids), self._source.context)
             widths.setdefault(width, []).append(request)
         for width, requests in widths.items():
-            check = self._check(width) or self._measure(width)
+            check = self._check(width) or self._measure(width, work)
             for batch in self.policy.plan(requests, replace(self._engine.limits, slot_free=check.slot_free)):
                 fresh: list[Record] = []
                 try:
@@ -429,12 +455,9 @@ class Client:
                         if progress is not None:
                             progress(len(results) + len(fresh), total)
                 except (EngineError, DeviceError) as error:
-                    failure = failure or error
+                    work.fail(error)
                 finally:  # also when interrupted: what is finished is kept
                     self._keep(fresh, work, results)
-        if failure is not None:
-            failure.completions = tuple(results.values())
-            raise failure
 
     def _record(self, generated: Generated, work: _Work) -> Record:
         request = generated.request
@@ -458,15 +481,14 @@ class Client:
                 verdict, stands = self.judge(record), False
             else:
                 verdict = compare(old, record)
-                self._note(old, verdict)
+                self._note(old, verdict, work)
                 stands = self.on_risk == "verify" and not verdict.flagged
             results[record.key] = Completion(record, cached=stands, verdict=verdict)
         try:
             if fresh:
                 self.store.put(fresh)
         except CacheWriteError as error:
-            error.completions = tuple(results.values())
-            raise
+            work.fail(error)
 
     # -- engine and promise ------------------------------------------------------------------------------------
 
@@ -492,13 +514,16 @@ class Client:
                 self._checks[width] = check
         return check
 
-    def _measure(self, width: int | None) -> SelfCheck:
+    def _measure(self, width: int | None, work: _Work) -> SelfCheck:
         from stablegen.engine.self_check import self_check
 
         assert self._engine is not None
         check = self_check(self._engine, self._source.vocabulary, width)
         if self.policy.promises:
-            self.store.put_check(self._check_name(width), check)
+            try:
+                self.store.put_check(self._check_name(width), check)
+            except CacheWriteError as error:
+                work.fail(error)
             if not check.passed:
                 warnings.warn(
                     f"policy {self.policy} does not keep its promise on this machine, so nothing is judged exact "
@@ -511,32 +536,34 @@ class Client:
 
     # -- flagged hits ------------------------------------------------------------------------------------------
 
-    def _flag(self, record: Record, verdict: Verdict) -> None:
+    def _flag(self, record: Record, verdict: Verdict, work: _Work) -> None:
         text = f"cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}"
         log.info("%s (key %s)", text, record.key)
         if (record.key, self.numerics.digest) not in self._kept:
-            self._note(record, verdict)
+            self._note(record, verdict, work)
             self._kept.add((record.key, self.numerics.digest))
         if self.on_risk != "serve":
             warnings.warn(text, MarginWarning, stacklevel=5)
 
-    def _note(self, record: Record, verdict: Verdict) -> None:
+    def _note(self, record: Record, verdict: Verdict, work: _Work) -> None:
         """Keep a flagged hit in the store, with the two tokens as text."""
-        self.store.flag(
-            FlaggedHit(
-                key=record.key,
-                app=self.app,
-                prompt=record.request.prompt or self.tokenizer.decode(record.request.prompt_ids),
-                verdict=verdict,
-                token=None if verdict.token is None else self.tokenizer.token(verdict.token),
-                runner_up=None if verdict.runner_up is None else self.tokenizer.token(verdict.runner_up),
-                recorded=record.numerics.summary(),
-                recorded_digest=record.numerics.digest,
-                current=self.numerics.summary(),
-                current_digest=self.numerics.digest,
-                seen=time.time(),
-            )
+        hit = FlaggedHit(
+            key=record.key,
+            app=self.app,
+            prompt=record.request.prompt or self.tokenizer.decode(record.request.prompt_ids),
+            verdict=verdict,
+            token=None if verdict.token is None else self.tokenizer.token(verdict.token),
+            runner_up=None if verdict.runner_up is None else self.tokenizer.token(verdict.runner_up),
+            recorded=record.numerics.summary(),
+            recorded_digest=record.numerics.digest,
+            current=self.numerics.summary(),
+            current_digest=self.numerics.digest,
+            seen=time.time(),
         )
+        try:
+            self.store.flag(hit)
+        except CacheWriteError as error:
+            work.fail(error)
 
     def _describe(self, verdict: Verdict) -> str:
         if verdict.step is None or verdict.token is None or verdict.runner_up is None:
@@ -553,6 +580,8 @@ def _shown(record: Record) -> str:
 
 def open_store(cache_dir: str | Path | None, size_limit: int | None) -> Store:
     """Return the store in a directory; None means the user's own cache folder."""
+    if size_limit is not None and (isinstance(size_limit, bool) or size_limit < 1):
+        raise ConfigError(f"size_limit={size_limit!r}", accepted="a positive number of bytes, or None for no limit")
     from stablegen.store.disk import DiskStore
 
     return DiskStore(cache_path(cache_dir), size_limit=size_limit)

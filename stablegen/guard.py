@@ -10,9 +10,9 @@ units in the last place (ulp) of the winning score: ``NOISE[device][dtype]`` bet
 
 - On a GPU the 16-bit figures rest on plain ``generate`` on an H100, 96 prompts of 64 greedy tokens, batch size 1
   against 32: 29-36 % of bfloat16 and 7-8 % of float16 answers diverged, no first flip at a margin above 0.125 and
-  0.0156 (two ulp of most scores). With 5 % of all margins under 0.125, half an ulp gives 30 % and 7 %. In float32
-  none of 96 diverged, which bounds the noise only from above; 16 ulp is the order in which float32 matrix products
-  were seen to move there.
+  0.0156 (two ulp of most scores). With 5 % of all margins under 0.125, half an ulp gives 27-47 % and 4-8 % for
+  scores from 8 to 32. In float32 none of 96 diverged, which bounds the noise only from above; 16 ulp is the order in
+  which float32 matrix products were seen to move there.
 - On a CPU vendor kernels move more. ``tests/benchmarks/margin_noise.py`` measures it; its results for the two models of
   this project (AVX-512, 48 prompts of 64 tokens) are a standard deviation of 3-111 ulp in float32, 0.7-1.6 in bfloat16,
   and 1.1-2.2 between float32 and bfloat16. The prior takes the upper end, and for float16 what bfloat16 shows.

@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from stablegen.checkpoint import context_of, token_ids
 from stablegen.engine.base import Engine
-from stablegen.engine.loading import wrap_model
+from stablegen.engine.loading import alignment_of, wrap_model
 from stablegen.errors import AttentionMaskError, ModelError, PromptError, UnsupportedParameterError
 from stablegen.numerics import Numerics
 from stablegen.record import Completion
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 20
 """What transformers' ``generate`` makes where the caller and the model name no length."""
+_ID_DTYPES = (torch.int64, torch.int32)
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
@@ -41,16 +42,20 @@ class LoadedModel:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         self.model = model
         self.config: Mapping[str, Any] = model.config.to_dict()
-        self._versions: tuple[int, ...] = ()
+        self._fingerprint: list[int] = []
         self._identity: ModelIdentity | None = None
 
     @property
     def identity(self) -> ModelIdentity:
-        """Return the digest of weights and configuration, taken again where a tensor was changed in place."""
-        state = self.model.state_dict(keep_vars=True)
-        versions = tuple(number for tensor in state.values() for number in (tensor.data_ptr(), tensor._version))
-        if self._identity is None or versions != self._versions:
-            self._versions = versions
+        """Return the digest of weights and configuration, taken again where a weight was changed in place.
+
+        A change is seen by an exact sum over the bits of each tensor: one pass over the weights a call.
+        """
+        state = self.model.state_dict()
+        sums = [_bits(tensor).sum(dtype=torch.int64) for tensor in state.values()]
+        fingerprint = torch.stack(sums).tolist()
+        if self._identity is None or fingerprint != self._fingerprint:
+            self._fingerprint = fingerprint
             self._identity = ModelIdentity(
                 source="digest", digest=_digest(state, self.config), name=str(self.model.config._name_or_path)
             )
@@ -82,6 +87,11 @@ class LoadedModel:
         return str(self.model.device)
 
     @property
+    def alignment(self) -> str | None:
+        """Return what stands in ``Numerics`` for weights that do not lie on 64-byte boundaries."""
+        return alignment_of(self.model)
+
+    @property
     def attention(self) -> str:
         """Return the model's attention implementation."""
         return str(self.model.config._attn_implementation)
@@ -91,15 +101,20 @@ class LoadedModel:
         return wrap_model(self.model, numerics, self.context)
 
 
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(-1).view(width)
+
+
 def _digest(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
     known = {name: value for name, value in config.items() if name not in _VOLATILE}
     total = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name].cpu()
         if not torch.isfinite(tensor).all():
             raise ModelError(f"the model's weights hold NaN or infinity: {name}", hint="Load it again")
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(_bits(tensor).numpy().data)
     return total.hexdigest()
 
 
@@ -126,6 +141,8 @@ def generate(
     Rows may be padded on either side, as their mask says; padding is kept in the result and never seen by the model.
     Shorter answers are filled with ``pad_token_id``, or the model's end token.
     """
+    if inputs is not None and input_ids is not None:
+        raise PromptError("generate was given both inputs and input_ids", accepted="one of them")
     ids, mask = _check_inputs(inputs if inputs is not None else input_ids, attention_mask)
     if do_sample:
         raise UnsupportedParameterError(
@@ -150,8 +167,9 @@ def generate(
 
 
 def _check_inputs(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        given = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in _ID_DTYPES or ids.numel() == 0:
+        is_tensor = isinstance(ids, torch.Tensor)
+        given = f"a tensor of shape {tuple(ids.shape)} and {ids.dtype}" if is_tensor else type(ids).__name__
         raise PromptError(f"generate was given {given}", accepted="input_ids [B, S], a LongTensor with at least one id")
     if mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)

@@ -17,9 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from stablegen.device import Device, resolve_device, usable_cpus
+from stablegen.frozen import Frozen
 from stablegen.policy import ExecutionPolicy, Invariant
 
 ENGINE_VERSION = 1
@@ -43,14 +42,14 @@ OVERRIDES = (
 """Environment variables that change which kernels run."""
 
 
-class Numerics(BaseModel):
+class Numerics(Frozen):
     """How a result is computed: equal ``Numerics`` and a policy that promises mean equal bits.
 
     Fields that do not apply are None and leave the digest alone: ``tf32`` and ``reduced_precision`` are flags of
-    vendor libraries, ``transformers`` matters only where its forward pass runs, threads only on a CPU.
+    vendor libraries, ``transformers`` matters only where its forward pass runs, threads only on a CPU. ``alignment``
+    stands for the places in memory of a loaded model's weights where they are not 64-byte aligned: a CPU's GEMM reads
+    them in another order then.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: str
     dtype: str
@@ -61,6 +60,7 @@ class Numerics(BaseModel):
     sm_count: int | None = None
     instruction_set: str | None = None
     threads: int | None = None
+    alignment: str | None = None
     torch: str
     cuda: str | None = None
     triton: str | None = None
@@ -93,10 +93,13 @@ def find_device(name: str, dtype: str) -> Device:
     return resolve_device(name, dtype, torch_has_cuda=torch_cuda_version() is not None, threads=cpu_threads())
 
 
-def numerics_on(device: Device, policy: ExecutionPolicy, dtype: str, *, attention: str = "sdpa") -> Numerics:
+def numerics_on(
+    device: Device, policy: ExecutionPolicy, dtype: str, *, attention: str = "sdpa", alignment: str | None = None
+) -> Numerics:
     """Return the numerics of a policy and dtype on a device, known without importing torch.
 
-    ``attention`` is the attention implementation of the transformers model; ``invariant`` has its own.
+    ``attention`` is the attention implementation of the transformers model; ``invariant`` has its own, and
+    copies its weights to aligned places.
     """
     own = isinstance(policy, Invariant)
     kernel_set = "triton" if device.is_cuda else "reference"
@@ -111,6 +114,7 @@ def numerics_on(device: Device, policy: ExecutionPolicy, dtype: str, *, attentio
         sm_count=device.sm_count,
         instruction_set=device.instruction_set,
         threads=1 if own and not device.is_cuda else device.threads,  # its CPU kernels go row by row
+        alignment=None if own else alignment,
         torch=version_of("torch") or "missing",
         cuda=torch_cuda_version() if device.is_cuda else None,
         triton=version_of("triton") if own and device.is_cuda else None,

@@ -25,13 +25,13 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict
 
 from stablegen.errors import CacheSchemaError, CorruptEntryError
+from stablegen.frozen import Frozen
 from stablegen.numerics import Numerics
 from stablegen.request import SCHEMA, GenerationParams, ModelIdentity, Request, words
 
-_Model = TypeVar("_Model", bound=BaseModel)
+_Model = TypeVar("_Model", bound=Frozen)
 FinishReason = Literal["stop", "length"]
 Status = Literal["exact", "stable", "at_risk", "diverged", "unknown"]
 Basis = Literal["numerics", "prior", "calibrated", "verified", "none"]
@@ -230,7 +230,7 @@ class Record(NamedTuple):
         }
 
 
-class Verdict(BaseModel):
+class Verdict(Frozen):
     """The guard's judgement of one hit under the numerics that would recompute it.
 
     ``probability`` is that of a divergence anywhere in the answer (None where nothing can be said); ``step`` is the
@@ -238,8 +238,6 @@ class Verdict(BaseModel):
     ``margin``. ``basis``
     says what the probability rests on.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: Status
     reason: str
@@ -289,20 +287,18 @@ class Completion:
         return self.record.trace
 
 
-class SelfCheck(BaseModel):
+class SelfCheck(Frozen):
     """Whether a policy keeps its promise under one numerics with one model; ``checks`` says what was compared.
 
     ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width``: the padded width
     in tokens at which ``padded:N`` was measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     numerics: Numerics
     width: int | None = None
     passed: bool
-    slot_free: bool = True
-    checks: dict[str, str] = {}
+    slot_free: bool = False
+    checks: dict[str, str]
 
 
 def encode(record: Record) -> bytes:
@@ -348,6 +344,8 @@ def decode(data: bytes, key: str | None = None) -> Record:
         raise CacheSchemaError(
             f"the entry has schema {data[5]}; this stablegen reads up to {SCHEMA}", hint="Upgrade stablegen"
         )
+    if data[5] != SCHEMA:
+        raise CorruptEntryError(f"the entry has schema {data[5]}, which no stablegen ever wrote")
     if hashlib.sha256(memoryview(data)[_START:]).digest() != data[6:_START]:
         raise CorruptEntryError("the entry's digest does not match its content")
     raw_key, header_size, prompt_size, steps, superseded_size = _LAYOUT.unpack_from(data, _START)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from stablegen.errors import ContextLengthError, ParameterError, PromptError, UnsupportedParameterError
+from stablegen.frozen import Frozen
 
 SCHEMA = 1
 """Version of the key and of the record; a cache holding a newer one is refused."""
@@ -25,13 +26,13 @@ SUPPORTED = ("max_new_tokens", "eos_token_id")
 DEFAULT_MAX_NEW_TOKENS = 64
 
 
-class GenerationParams(BaseModel):
+class GenerationParams(Frozen):
     """What the caller asked for besides the prompt; decoding is greedy.
 
     ``max_new_tokens``: tokens, at least 1. ``eos_token_ids``: ids that end an answer; the end token is its last.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()
@@ -63,20 +64,18 @@ class GenerationParams(BaseModel):
             raise ParameterError(f"max_new_tokens={budget!r}", accepted="a whole number of tokens, at least 1")
         eos = arguments.get("eos_token_id")
         if eos is not None:
-            ids = [eos] if isinstance(eos, int) else eos
-            if isinstance(ids, str) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            ids = list(eos) if isinstance(eos, list | tuple | set | frozenset) else [eos]
+            if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
                 raise ParameterError(f"eos_token_id={eos!r}", accepted="a token id, or a list of token ids")
             eos_token_ids = tuple(sorted(set(ids)))
         return cls(max_new_tokens=budget, eos_token_ids=eos_token_ids)
 
 
-class ModelIdentity(BaseModel):
+class ModelIdentity(Frozen):
     """Which weights: a hub commit, or the digest of weights and config.
 
     ``name`` is what the caller wrote; it informs and is no part of the identity.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Literal["hub", "digest"]
     repo: str | None = None
@@ -143,6 +142,11 @@ def check_prompt(prompt: object) -> str:
         )
     if not prompt:
         raise PromptError("a prompt is empty", accepted="text of at least one token")
+    if not prompt.isascii():
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"a prompt holds half a surrogate pair: {error}", accepted="valid Unicode") from error
     return prompt
 
 

@@ -23,6 +23,8 @@ MINI_GPT2 = "STABLEGEN_TEST_MINI_GPT2"
 RESULTS = "STABLEGEN_TEST_RESULTS"
 """Environment variable: the folder for one file of results a device."""
 
+# Threads that wait for each other on a busy machine take minutes; one is enough for models this small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton asks once, when it is imported: without a GPU its kernels run in the interpreter.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from stablegen.engine.base import Generated, Observer
-from stablegen.errors import DeviceMemoryError, NonFiniteScoresError
+from stablegen.errors import DeviceMemoryError, NonFiniteScoresError, NumericsChangedError
 from stablegen.kernels.base import BestTwo
+from stablegen.numerics import Numerics, reduced_precision, torch_matmul_precision
 from stablegen.policy import Batch
 from stablegen.record import Composition, FinishReason, Trace
 from stablegen.request import Request
@@ -115,6 +116,20 @@ def _run(action: Callable[[], torch.Tensor], batch: Batch) -> torch.Tensor:
             f"a batch of {len(batch.rows)} rows did not fit into the device's memory",
             hint="Use fewer rows, shorter prompts or a 16-bit dtype",
         ) from error
+
+
+def check_flags(numerics: Numerics) -> None:
+    """Raise ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``."""
+    planned = (numerics.float32_matmul_precision, numerics.reduced_precision)
+    now = (
+        None if planned[0] is None else torch_matmul_precision(),
+        None if planned[1] is None else reduced_precision(),
+    )
+    if planned != now:
+        raise NumericsChangedError(
+            f"torch's precision flags changed from {planned} to {now} since this client was made",
+            hint="Set them before you make the client, or make a new one",
+        )
 
 
 @contextlib.contextmanager

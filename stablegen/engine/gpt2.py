@@ -15,7 +15,7 @@ import torch
 
 from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
-from stablegen.engine.decode import cpu_threads, decode
+from stablegen.engine.decode import check_flags, cpu_threads, decode
 from stablegen.engine.kv_cache import KVCache
 from stablegen.errors import CheckpointError
 from stablegen.kernels.base import KernelSet, Linear
@@ -65,36 +65,44 @@ class GPT2:
         self.eps = float(config.get("layer_norm_epsilon", 1e-5))
         prefix = "transformer." if "transformer.wte.weight" in tensors else ""
 
-        def tensor(name: str) -> torch.Tensor:
-            if prefix + name not in tensors:
-                raise CheckpointError(f"the checkpoint has no tensor {prefix + name}", accepted="GPT-2's weights")
-            return tensors[prefix + name].to(device=device, dtype=dtype)
+        width, vocabulary = int(config["n_embd"]), int(config["vocab_size"])
+        inner = int(config.get("n_inner") or 4 * width)
+
+        def tensor(name: str, *shape: int) -> torch.Tensor:
+            found = tensors.get(name)
+            if found is None or tuple(found.shape) != shape:
+                given = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
+                raise CheckpointError(
+                    f"the checkpoint's {name} has {given}, its config.json asks for {shape}",
+                    hint="Weights and config.json are not of one GPT-2; save or download the model again",
+                )
+            return found.to(device=device, dtype=dtype).contiguous()
 
         def norm(name: str) -> _Norm:
-            return _Norm(tensor(f"{name}.weight").contiguous(), tensor(f"{name}.bias").contiguous())
+            return _Norm(tensor(f"{prefix}{name}.weight", width), tensor(f"{prefix}{name}.bias", width))
 
-        def linear(name: str) -> Linear:
-            return kernels.prepare(tensor(f"{name}.weight").contiguous(), tensor(f"{name}.bias").contiguous())
+        def linear(name: str, k: int, n: int) -> Linear:
+            return kernels.prepare(tensor(f"{prefix}{name}.weight", k, n), tensor(f"{prefix}{name}.bias", n))
 
         scaled = config.get("scale_attn_weights", True)
         by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
         self.layers = [
             _Layer(
                 norm(f"h.{i}.ln_1"),
-                linear(f"h.{i}.attn.c_attn"),
-                linear(f"h.{i}.attn.c_proj"),
+                linear(f"h.{i}.attn.c_attn", width, 3 * width),
+                linear(f"h.{i}.attn.c_proj", width, width),
                 norm(f"h.{i}.ln_2"),
-                linear(f"h.{i}.mlp.c_fc"),
-                linear(f"h.{i}.mlp.c_proj"),
+                linear(f"h.{i}.mlp.c_fc", width, inner),
+                linear(f"h.{i}.mlp.c_proj", inner, width),
                 (self.size**-0.5 if scaled else 1.0) / (i + 1 if by_layer else 1),
             )
             for i in range(int(config["n_layer"]))
         ]
         self.final_norm = norm("ln_f")
-        self.token_embedding = tensor("wte.weight").contiguous()
-        self.position_embedding = tensor("wpe.weight").contiguous()
+        self.token_embedding = tensor(f"{prefix}wte.weight", vocabulary, width)
+        self.position_embedding = tensor(f"{prefix}wpe.weight", self.context, width)
         untied = not config.get("tie_word_embeddings", True) and "lm_head.weight" in tensors
-        head = tensors["lm_head.weight"].to(device=device, dtype=dtype) if untied else self.token_embedding
+        head = tensor("lm_head.weight", vocabulary, width) if untied else self.token_embedding
         self.head = kernels.prepare(head.t(), None)
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
@@ -148,7 +156,11 @@ class GPT2Engine:
         self.chunk = chunk
 
     def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
-        """Yield each request of the batch as it finishes."""
+        """Yield each request of the batch as it finishes.
+
+        Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
+        """
+        check_flags(self.numerics)
         return decode(_Packed(self, batch), batch, self.model.kernels.best_two, observe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from stablegen.errors import CheckpointError, DeviceError
 from stablegen.kernels.base import KernelSet
 from stablegen.numerics import Numerics, numerics_on
 from stablegen.policy import Invariant, load_policy
+
+ALIGNMENT = 64
+"""Bytes; torch's own allocations begin at multiples of it."""
 
 
 def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str) -> Engine:
@@ -46,8 +50,17 @@ def wrap_model(model: Any, planned: Numerics, context: int) -> Engine:
         kernels = kernels_for(model.device)
         own = GPT2(config, model.state_dict(), kernels, dtype=getattr(torch, planned.dtype), device=model.device)
         return GPT2Engine(own, observed(planned, model.device))
-    numerics = observed(planned, model.device, attention=model.config._attn_implementation)
+    attention = model.config._attn_implementation
+    numerics = observed(planned, model.device, attention=attention, alignment=alignment_of(model))
     return TransformersEngine(model, numerics, context=context)
+
+
+def alignment_of(model: Any) -> str | None:
+    """Return a digest of where a CPU model's weights lie off 64-byte boundaries; None where none does."""
+    if model.device.type != "cpu":
+        return None
+    places = {name: p.data_ptr() % ALIGNMENT for name, p in model.named_parameters() if p.data_ptr() % ALIGNMENT}
+    return hashlib.sha256(repr(sorted(places.items())).encode()).hexdigest()[:16] if places else None
 
 
 def kernels_for(device: torch.device) -> KernelSet:
@@ -74,7 +87,9 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def observed(planned: Numerics, device: torch.device, *, attention: str = "sdpa") -> Numerics:
+def observed(
+    planned: Numerics, device: torch.device, *, attention: str = "sdpa", alignment: str | None = None
+) -> Numerics:
     """Return the numerics as torch reports them; equal to ``planned`` unless metadata misled the plan."""
     if device.type != "cuda":
         found = Device("cpu", planned.device_model, instruction_set=planned.instruction_set, threads=planned.threads)
@@ -86,7 +101,8 @@ def observed(planned: Numerics, device: torch.device, *, attention: str = "sdpa"
             capability=(properties.major, properties.minor),
             sm_count=properties.multi_processor_count,
         )
-    return numerics_on(found, load_policy(planned.policy), planned.dtype, attention=attention)
+    policy = load_policy(planned.policy)
+    return numerics_on(found, policy, planned.dtype, attention=attention, alignment=alignment)
 
 
 def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
@@ -118,7 +134,11 @@ def _load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch
             + (f" and {len(missing) - 4} others" if len(missing) > 4 else "")
         )
     _check_finite(model.state_dict().items(), str(checkpoint.directory))
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT:  # mapped from the file; a GEMM would see it
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def _check_finite(tensors: Any, where: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from stablegen.engine.base import Generated, Observer
-from stablegen.engine.decode import cpu_threads, decode
-from stablegen.errors import ModelError, NumericsChangedError
+from stablegen.engine.decode import check_flags, cpu_threads, decode
+from stablegen.errors import ModelError
 from stablegen.kernels.reference import best_two
-from stablegen.numerics import Numerics, reduced_precision, torch_matmul_precision
+from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 
 
@@ -34,19 +34,10 @@ class TransformersEngine:
 
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
         """
-        self._check_state()
-        return decode(_LeftPadded(self, batch), batch, best_two, observe)
-
-    def _check_state(self) -> None:
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
-        planned = (self.numerics.float32_matmul_precision, self.numerics.reduced_precision)
-        now = (torch_matmul_precision(), reduced_precision() if self.numerics.device == "cuda" else None)
-        if planned != now:
-            raise NumericsChangedError(
-                f"torch's precision flags changed from {planned} to {now} since this client was made",
-                hint="Set them before you make the client, or make a new one",
-            )
+        check_flags(self.numerics)
+        return decode(_LeftPadded(self, batch), batch, best_two, observe)
 
 
 class _LeftPadded:

@@ -24,8 +24,13 @@ class ReferenceKernels:
     version = 1
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Keep float32 copies: products of 16-bit numbers are exact in float32, sums are kept there."""
-        return Linear(weight.float(), None if bias is None else bias.float())
+        """Keep float32 copies: products of 16-bit numbers are exact in float32, sums are kept there.
+
+        Always copies, into memory that torch aligns: a file's mapping may lie anywhere, and where a matrix lies can
+        change the order in which it is summed.
+        """
+        own = weight.to(torch.float32, copy=True)
+        return Linear(own, None if bias is None else bias.to(torch.float32, copy=True))
 
     def linear(
         self,

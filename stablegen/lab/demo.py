@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.client import Client
@@ -19,6 +18,7 @@ from stablegen.engine.base import Engine
 from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_engine
 from stablegen.engine.self_check import self_check
+from stablegen.frozen import Frozen
 from stablegen.numerics import find_device, numerics_on
 from stablegen.policy import Batch, Limits, Native, load_policy
 from stablegen.record import SelfCheck, Verdict
@@ -50,10 +50,8 @@ STEPS = 24
 LONG = 64
 
 
-class Flip(BaseModel):
+class Flip(Frozen):
     """The first step at which a prompt's answer beside others leaves its answer alone."""
-
-    model_config = ConfigDict(frozen=True)
 
     prompt: str
     situation: str
@@ -63,13 +61,11 @@ class Flip(BaseModel):
     margin: float
 
 
-class Measured(BaseModel):
+class Measured(Frozen):
     """One policy and dtype over all situations: score rows compared, moved, by how much, and which tokens flipped.
 
     Rows are compared bit for bit, up to the first flip; ``largest`` is the greatest difference of a score.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     policy: str
     dtype: str
@@ -80,10 +76,8 @@ class Measured(BaseModel):
     note: str = ""
 
 
-class Judged(BaseModel):
+class Judged(Frozen):
     """One look-up: what the record was computed by, what the client would compute, and the verdict."""
-
-    model_config = ConfigDict(frozen=True)
 
     prompt: str
     recorded: str
@@ -95,10 +89,8 @@ class Judged(BaseModel):
     truth: str = ""
 
 
-class DemoReport(BaseModel):
+class DemoReport(Frozen):
     """What ``stablegen demo`` measured; ``device`` and versions are in each ``numerics``."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     numerics: dict[str, Any]
@@ -206,7 +198,7 @@ def _measure_policy(spec: str, dtype: str) -> Measured:
                         )
                     )
                     break
-    apart = any(not check.slot_free for check in checks.values()) and policy.promises
+    apart = any(check.width is not None and not check.slot_free for check in checks.values())
     note = "the slot moves bits here: each request runs in slot 0" if apart else ""
     return Measured(policy=spec, dtype=dtype, rows=rows, moved=moved, largest=largest, flips=flips, note=note)
 

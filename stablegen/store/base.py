@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict
-
+from stablegen.frozen import Frozen
 from stablegen.record import Record, SelfCheck, Verdict
 
 
-class FlaggedHit(BaseModel):
+class FlaggedHit(Frozen):
     """A hit that was flagged, as ``stablegen warnings`` lists it.
 
     ``token`` and ``runner_up`` are the texts of the two tokens that nearly tie at ``verdict.step``; ``recorded`` and
     ``current`` say in words under which numerics the answer was computed and would be recomputed.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     app: str | None

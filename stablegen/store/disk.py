@@ -26,7 +26,6 @@ from stablegen.store.base import FlaggedHit, StoreStats
 
 _T = TypeVar("_T")
 
-_SCHEMA_KEY = "stablegen:schema"
 _RECORD, _FLAG, _CHECK = "record:", "flag:", "check:"
 
 
@@ -132,7 +131,7 @@ class DiskStore:
             records=counts[0],
             flagged_hits=counts[1],
             self_checks=counts[2],
-            foreign=total - sum(counts) - 1,  # the schema entry
+            foreign=total - sum(counts),
             size=int(self._retry(self._cache.volume)),
             size_limit=self.size_limit,
         )
@@ -141,7 +140,6 @@ class DiskStore:
         """Remove everything; return how many records went."""
         count = len(self.keys())
         self._retry(self._cache.clear)
-        self._check_schema()
         return count
 
     def close(self) -> None:
@@ -154,7 +152,11 @@ class DiskStore:
                 data = self._cache.get(name)
             except sqlite3.OperationalError:
                 data = self._retry(lambda: self._cache.get(name))
-            return None if data is None else parse(data, *context)
+            if data is not None:
+                return parse(data, *context)
+            if name in self._cache:
+                raise CorruptEntryError("the file that held its bytes is gone")
+            return None
         except (CorruptEntryError, CacheSchemaError, ValueError) as error:
             warnings.warn(f"cache entry {name} in {self.path} was ignored: {error}", CacheEntryWarning, stacklevel=3)
             return None
@@ -188,15 +190,15 @@ class DiskStore:
         return (name for (name,) in rows)
 
     def _check_schema(self) -> None:
-        data = self._read(_SCHEMA_KEY, bytes)
-        if data is None:
-            self._write({_SCHEMA_KEY: str(SCHEMA).encode()})
-        elif not data.isdigit() or int(data) > SCHEMA:
+        # SQLite's own place for it: no row, so nothing can evict it
+        found = int(self._retry(lambda: self._cache._sql("PRAGMA user_version").fetchone()[0]))
+        if found > SCHEMA:
             raise CacheSchemaError(
-                f"the cache in {self.path} has schema {data.decode(errors='replace')}; "
-                f"this stablegen reads up to {SCHEMA}",
+                f"the cache in {self.path} has schema {found}; this stablegen reads up to {SCHEMA}",
                 hint="Upgrade stablegen, or choose another cache_dir",
             )
+        if found < SCHEMA:
+            self._retry(lambda: self._cache._sql(f"PRAGMA user_version = {SCHEMA}").fetchall())
 
     @staticmethod
     def _retry(action: Callable[[], _T]) -> _T:
@@ -207,6 +209,8 @@ def _open(path: Path, size_limit: int | None) -> Any:
     policy = "none" if size_limit is None else "least-recently-stored"
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (path / "cache.db").exists() and any(path.iterdir()):
+            raise FileExistsError("it holds other files and no cache")
         path.chmod(0o700)
         _probe(path)
         return _locked_retry(
@@ -222,7 +226,7 @@ def _open(path: Path, size_limit: int | None) -> Any:
     except (OSError, sqlite3.Error) as error:
         raise CacheDirectoryError(
             f"the cache directory {path} cannot be used: {error}",
-            accepted="a directory on a local disk that this user may write to",
+            accepted="a new, empty or stablegen's own directory on a local disk that this user may write to",
             hint="Choose another cache_dir",
         ) from error
 
