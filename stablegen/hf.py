@@ -13,7 +13,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from stablegen.checkpoint import context_of, token_ids
 from stablegen.engine.base import Engine
-from stablegen.engine.loading import alignment_of, wrap_model
+from stablegen.engine.loading import wrap_model
+from stablegen.engine.weights import alignment_of
 from stablegen.errors import AttentionMaskError, ModelError, PromptError, UnsupportedParameterError
 from stablegen.numerics import Numerics
 from stablegen.record import Completion

@@ -25,6 +25,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
+from pydantic import Field
 
 from stablegen.errors import CacheSchemaError, CorruptEntryError
 from stablegen.frozen import Frozen
@@ -298,7 +299,7 @@ class SelfCheck(Frozen):
     width: int | None = None
     passed: bool
     slot_free: bool = False
-    checks: dict[str, str]
+    checks: dict[str, str] = Field(default_factory=dict)
 
 
 def encode(record: Record) -> bytes:

@@ -65,7 +65,7 @@ class GenerationParams(Frozen):
         eos = arguments.get("eos_token_id")
         if eos is not None:
             ids = list(eos) if isinstance(eos, list | tuple | set | frozenset) else [eos]
-            if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
                 raise ParameterError(f"eos_token_id={eos!r}", accepted="a token id, or a list of token ids")
             eos_token_ids = tuple(sorted(set(ids)))
         return cls(max_new_tokens=budget, eos_token_ids=eos_token_ids)
@@ -146,7 +146,9 @@ def check_prompt(prompt: object) -> str:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"a prompt holds half a surrogate pair: {error}", accepted="valid Unicode") from error
+            raise PromptError(
+                f"the prompt {prompt!r:.60} holds half a surrogate pair", accepted="valid Unicode"
+            ) from error
     return prompt
 
 

@@ -265,7 +265,8 @@ def test_a_damaged_flag_or_check_is_reported(store: DiskStore) -> None:
 
 
 def test_a_newer_cache_is_refused(store: DiskStore) -> None:
-    sql(store, "UPDATE Cache SET value = ? WHERE key = 'stablegen:schema'", str(SCHEMA + 1).encode())
+    with closing(sqlite3.connect(store.path / "cache.db")) as connection:
+        connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
     with pytest.raises(CacheSchemaError, match=f"schema {SCHEMA + 1}.*up to {SCHEMA}.*Upgrade stablegen"):
         DiskStore(store.path)
 

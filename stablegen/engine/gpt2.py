@@ -17,6 +17,7 @@ from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
 from stablegen.engine.decode import check_flags, cpu_threads, decode
 from stablegen.engine.kv_cache import KVCache
+from stablegen.engine.weights import check_finite
 from stablegen.errors import CheckpointError
 from stablegen.kernels.base import KernelSet, Linear
 from stablegen.numerics import Numerics
@@ -60,7 +61,9 @@ class GPT2:
         self.dtype = dtype
         self.device = device
         self.heads = int(config["n_head"])
-        self.size = int(config["n_embd"]) // self.heads
+        self.size, rest = divmod(int(config["n_embd"]), self.heads)
+        if rest:
+            raise CheckpointError(f"config.json asks for {self.heads} heads in a width of {config['n_embd']}")
         self.context = int(config["n_positions"])
         self.eps = float(config.get("layer_norm_epsilon", 1e-5))
         prefix = "transformer." if "transformer.wte.weight" in tensors else ""
@@ -70,13 +73,16 @@ class GPT2:
 
         def tensor(name: str, *shape: int) -> torch.Tensor:
             found = tensors.get(name)
-            if found is None or tuple(found.shape) != shape:
-                given = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
+            if found is None:
+                raise CheckpointError(f"the checkpoint has no tensor {name}", accepted="the weights of a GPT-2")
+            if tuple(found.shape) != shape:
                 raise CheckpointError(
-                    f"the checkpoint's {name} has {given}, its config.json asks for {shape}",
+                    f"the checkpoint's {name} has shape {tuple(found.shape)}, its config.json asks for {shape}",
                     hint="Weights and config.json are not of one GPT-2; save or download the model again",
                 )
-            return found.to(device=device, dtype=dtype).contiguous()
+            found = found.to(device=device, dtype=dtype).contiguous()
+            check_finite([(name, found)])
+            return found
 
         def norm(name: str) -> _Norm:
             return _Norm(tensor(f"{prefix}{name}.weight", width), tensor(f"{prefix}{name}.bias", width))

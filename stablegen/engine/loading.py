@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +15,11 @@ from stablegen.device import Device
 from stablegen.engine.base import Engine
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.transformers import TransformersEngine
+from stablegen.engine.weights import align, alignment_of, check_finite
 from stablegen.errors import CheckpointError, DeviceError
 from stablegen.kernels.base import KernelSet
 from stablegen.numerics import Numerics, numerics_on
 from stablegen.policy import Invariant, load_policy
-
-ALIGNMENT = 64
-"""Bytes; torch's own allocations begin at multiples of it."""
 
 
 def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str) -> Engine:
@@ -53,14 +50,6 @@ def wrap_model(model: Any, planned: Numerics, context: int) -> Engine:
     attention = model.config._attn_implementation
     numerics = observed(planned, model.device, attention=attention, alignment=alignment_of(model))
     return TransformersEngine(model, numerics, context=context)
-
-
-def alignment_of(model: Any) -> str | None:
-    """Return a digest of where a CPU model's weights lie off 64-byte boundaries; None where none does."""
-    if model.device.type != "cpu":
-        return None
-    places = {name: p.data_ptr() % ALIGNMENT for name, p in model.named_parameters() if p.data_ptr() % ALIGNMENT}
-    return hashlib.sha256(repr(sorted(places.items())).encode()).hexdigest()[:16] if places else None
 
 
 def kernels_for(device: torch.device) -> KernelSet:
@@ -112,7 +101,6 @@ def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}", hint="Download or save it again") from error
-    _check_finite(tensors.items(), str(checkpoint.directory))
     return tensors
 
 
@@ -133,21 +121,10 @@ def _load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch
             f"{checkpoint.directory} has no weights for {', '.join(missing[:4])}"
             + (f" and {len(missing) - 4} others" if len(missing) > 4 else "")
         )
-    _check_finite(model.state_dict().items(), str(checkpoint.directory))
+    check_finite(model.state_dict().items())
     model = model.eval().to(device)
-    for parameter in model.parameters():
-        if parameter.data_ptr() % ALIGNMENT:  # mapped from the file; a GEMM would see it
-            parameter.data = parameter.data.clone()
+    align(model)
     return model
-
-
-def _check_finite(tensors: Any, where: str) -> None:
-    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if bad:
-        raise CheckpointError(
-            f"the weights in {where} hold NaN or infinity: {', '.join(bad[:4])}",
-            hint="Save or download the model again, or use a dtype that can hold its weights",
-        )
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from stablegen.store.base import FlaggedHit, StoreStats
 
 _T = TypeVar("_T")
 
+_OWN = ("cache.db", ".probe-", "digests.json")
+"""How the files begin that may lie in a new cache: another process may be opening it at this moment."""
 _RECORD, _FLAG, _CHECK = "record:", "flag:", "check:"
 
 
@@ -209,7 +211,7 @@ def _open(path: Path, size_limit: int | None) -> Any:
     policy = "none" if size_limit is None else "least-recently-stored"
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not (path / "cache.db").exists() and any(path.iterdir()):
+        if not (path / "cache.db").exists() and any(not file.name.startswith(_OWN) for file in path.iterdir()):
             raise FileExistsError("it holds other files and no cache")
         path.chmod(0o700)
         _probe(path)
@@ -226,7 +228,7 @@ def _open(path: Path, size_limit: int | None) -> Any:
     except (OSError, sqlite3.Error) as error:
         raise CacheDirectoryError(
             f"the cache directory {path} cannot be used: {error}",
-            accepted="a new, empty or stablegen's own directory on a local disk that this user may write to",
+            accepted="a directory on a local disk that this user may write to, new, empty or stablegen's own",
             hint="Choose another cache_dir",
         ) from error
 
