@@ -23,6 +23,7 @@ from stablegen.policy import ExecutionPolicy, Invariant
 
 ENGINE_VERSION = 1
 """Raised whenever the transformers engine would give other bits for the same request."""
+_SDP = ("flash", "mem_efficient", "math", "cudnn")
 KERNEL_VERSIONS = {"triton": 1, "reference": 1}
 """Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
@@ -32,10 +33,14 @@ OVERRIDES = (
     "DNNL_DEFAULT_FPMATH_MODE",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
+    "MKL_DYNAMIC",
     "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
     "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_NUM_THREADS",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TORCH_BLAS_PREFER_CUBLASLT",
 )
@@ -45,8 +50,9 @@ OVERRIDES = (
 class Numerics(Frozen):
     """How a result is computed: equal ``Numerics`` and a policy that promises mean equal bits.
 
-    Fields that do not apply are None and leave the digest alone: ``tf32`` and ``reduced_precision`` are flags of
-    vendor libraries, ``transformers`` matters only where its forward pass runs, threads only on a CPU. ``alignment``
+    Fields that do not apply are None and leave the digest alone: ``float32_matmul_precision`` (TF32),
+    ``reduced_precision`` and ``attention_backends`` are flags of vendor libraries, ``transformers`` matters only where
+    its forward pass runs, ``threads`` only on a CPU, ``overrides`` are environment variables that are set. ``alignment``
     stands for the places in memory of a loaded model's weights where they are not 64-byte aligned: a CPU's GEMM reads
     them in another order then.
     """
@@ -67,6 +73,7 @@ class Numerics(Frozen):
     transformers: str | None = None
     float32_matmul_precision: str | None = None
     reduced_precision: str | None = None
+    attention_backends: str | None = None
     overrides: tuple[str, ...] = ()
 
     @cached_property
@@ -121,6 +128,7 @@ def numerics_on(
         transformers=None if own else version_of("transformers"),
         float32_matmul_precision=None if own and device.is_cuda else torch_matmul_precision(),
         reduced_precision=reduced_precision() if device.is_cuda and not own else None,
+        attention_backends=attention_backends() if device.is_cuda and not own else None,
         overrides=tuple(f"{name}={os.environ[name]}" for name in OVERRIDES if name in os.environ),
     )
 
@@ -167,3 +175,11 @@ def reduced_precision() -> str:
         return "fp16=True bf16=True"  # torch's defaults
     matmul = loaded.backends.cuda.matmul
     return f"fp16={matmul.allow_fp16_reduced_precision_reduction} bf16={matmul.allow_bf16_reduced_precision_reduction}"
+
+
+def attention_backends() -> str:
+    """Return which kernels torch's attention may choose from on CUDA; its default where torch is not loaded."""
+    loaded = sys.modules.get("torch")
+    if loaded is None:
+        return " ".join(f"{name}=True" for name in _SDP)
+    return " ".join(f"{name}={getattr(loaded.backends.cuda, f'{name}_sdp_enabled')()}" for name in _SDP)

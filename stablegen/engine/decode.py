@@ -13,7 +13,7 @@ import torch
 from stablegen.engine.base import Generated, Observer
 from stablegen.errors import DeviceMemoryError, NonFiniteScoresError, NumericsChangedError
 from stablegen.kernels.base import BestTwo
-from stablegen.numerics import Numerics, reduced_precision, torch_matmul_precision
+from stablegen.numerics import Numerics, attention_backends, reduced_precision, torch_matmul_precision
 from stablegen.policy import Batch
 from stablegen.record import Composition, FinishReason, Trace
 from stablegen.request import Request
@@ -120,14 +120,16 @@ def _run(action: Callable[[], torch.Tensor], batch: Batch) -> torch.Tensor:
 
 def check_flags(numerics: Numerics) -> None:
     """Raise ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``."""
-    planned = (numerics.float32_matmul_precision, numerics.reduced_precision)
-    now = (
-        None if planned[0] is None else torch_matmul_precision(),
-        None if planned[1] is None else reduced_precision(),
-    )
+    flags = {
+        "float32_matmul_precision": torch_matmul_precision,
+        "reduced_precision": reduced_precision,
+        "attention_backends": attention_backends,
+    }
+    planned = {name: getattr(numerics, name) for name in flags}
+    now = {name: None if planned[name] is None else read() for name, read in flags.items()}
     if planned != now:
         raise NumericsChangedError(
-            f"torch's precision flags changed from {planned} to {now} since this client was made",
+            f"torch's flags changed from {planned} to {now} since this client was made",
             hint="Set them before you make the client, or make a new one",
         )
 
