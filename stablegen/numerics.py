@@ -52,9 +52,9 @@ class Numerics(Frozen):
 
     Fields that do not apply are None and leave the digest alone: ``float32_matmul_precision`` (TF32),
     ``reduced_precision`` and ``attention_backends`` are flags of vendor libraries, ``transformers`` matters only where
-    its forward pass runs, ``threads`` only on a CPU, ``overrides`` are environment variables that are set. ``alignment``
-    stands for the places in memory of a loaded model's weights where they are not 64-byte aligned: a CPU's GEMM reads
-    them in another order then.
+    its forward pass runs, ``threads`` only on a CPU, ``overrides`` are environment variables that are set.
+    ``alignment`` stands for the places in memory of a loaded model's weights where they are not 64-byte aligned: a
+    CPU's GEMM reads them in another order then.
     """
 
     policy: str
