@@ -54,6 +54,7 @@ from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.self_check import self_check
 from stablegen.errors import PolicyError, PromiseWarning
 from stablegen.kernels.base import KernelSet
+from stablegen.kernels.reference import ReferenceKernels
 from stablegen.policy import Batch
 
 Begin = Callable[[str, str, Engine], Comparison]
@@ -305,6 +306,34 @@ def test_native_breaks_it_through_the_client(compare: Begin, tmp_path: Path) -> 
     comparison = compare("control through the client", "random-gpt2", clients)
     compare_companies_of_client(comparison, clients, [make_ids(i, 5 + 17 * i, 1031) for i in range(6)])
     assert comparison.differing > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_triton_kernels_make_an_engine(dtype: str) -> None:
+    # the kernels of a GPU, in the interpreter: their own tests are in test_kernels.py, here they are put together
+    pytest.importorskip("triton", reason="triton is not installed")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from stablegen.kernels.triton import TritonKernels
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=101, n_positions=128, initializer_range=0.2)
+    weights = GPT2LMHeadModel(config).state_dict()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    numerics = make_engine("random-gpt2", "invariant", dtype).numerics
+    engines = [
+        GPT2Engine(GPT2(config.to_dict(), weights, kernels, dtype=getattr(torch, dtype), device=at), numerics)
+        for kernels, at in ((TritonKernels(), device), (ReferenceKernels(), torch.device("cpu")))
+    ]
+    needle, others = make_request(make_ids(0, 7, 101), 3), [make_request(make_ids(i, 2 * i, 101)) for i in (1, 2, 3)]
+    expected = alone(engines[0], needle)
+    beside = run(engines[0], Batch((*others[:2], needle, others[2])))[2]
+    assert torch.equal(beside.scores.view(torch.int32), expected.scores.view(torch.int32))
+    prefilled = alone(engines[0], make_request((*needle.prompt_ids, *expected.trace.tokens[:2]), 1))
+    assert prefilled.trace.score_hash[0] == expected.trace.score_hash[2]
+    reference = alone(engines[1], needle)
+    error = (expected.scores.cpu()[0] - reference.scores[0]).norm() / reference.scores[0].norm()
+    assert error < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
 
 
 BROKEN = [SplitByBatch, SplitBySlot, AttentionByTokens]
