@@ -116,8 +116,12 @@ def _read(directory: Path, commit: str | None, name: str, memory: DigestMemory) 
             hint="Save the model with save_pretrained() and its fast tokenizer beside it",
         )
     config = read_json(directory / "config.json")
-    if "vocab_size" not in config or "model_type" not in config:
-        raise CheckpointError(f"{directory / 'config.json'} is not a causal language model's: it misses vocab_size")
+    if not is_count(config.get("vocab_size")) or "model_type" not in config:
+        raise CheckpointError(
+            f"{directory / 'config.json'} is not a causal language model's",
+            accepted="a model_type, and a vocab_size of at least 1",
+        )
+    context_of(config)
     if commit is not None:
         identity = ModelIdentity(source="hub", repo=name, commit=commit, name=name)
     else:
@@ -131,6 +135,8 @@ def _read(directory: Path, commit: str | None, name: str, memory: DigestMemory) 
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the checkpoint's safetensors files, in order; raise ``CheckpointError`` where a shard is missing."""
+    if (directory / "model.safetensors").is_file():  # transformers too prefers it to shards
+        return [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -141,7 +147,7 @@ def weight_files(directory: Path) -> list[Path]:
         if absent:
             raise CheckpointError(f"the model directory {directory} misses {', '.join(absent)}")
         return [directory / shard for shard in shards]
-    return [directory / "model.safetensors"] if (directory / "model.safetensors").is_file() else []
+    return []
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -158,7 +164,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def context_of(config: Mapping[str, Any]) -> int:
     """Return the longest sequence in tokens that a configuration allows."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
-        if config.get(name):
+        if is_count(config.get(name)):
             return int(config[name])
     raise CheckpointError("the model's configuration does not say how long its context is", accepted="n_positions, ...")
 
@@ -172,6 +178,10 @@ def check_invariant(config: Mapping[str, Any]) -> None:
         problem = f"the model's activation is {config['activation_function']!r}, not one of {', '.join(_ACTIVATIONS)}"
     elif config.get("add_cross_attention"):
         problem = "the model has cross-attention"
+    elif odd := [name for name in ("n_embd", "n_head", "n_layer", "n_positions") if not is_count(config.get(name))]:
+        raise CheckpointError(
+            f"the model's config.json has no usable {', '.join(odd)}", accepted="whole numbers from 1"
+        )
     if problem is not None:
         raise PolicyError(
             f"policy 'invariant' cannot run this model: {problem}",
@@ -180,10 +190,16 @@ def check_invariant(config: Mapping[str, Any]) -> None:
 
 
 def token_ids(value: object) -> tuple[int, ...]:
-    """Return one id, several or none as a sorted tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(sorted(set(value)))  # type: ignore[call-overload]
+    """Return one id, several or none as a sorted tuple; raise ``CheckpointError`` for anything else."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(index, int) and index >= 0 for index in ids):
+        raise CheckpointError(f"the model's eos_token_id is {value!r}", accepted="a token id, or a list of token ids")
+    return tuple(sorted(set(ids)))
+
+
+def is_count(value: object) -> bool:
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
@@ -196,7 +212,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
     try:
         directory = download(offline=True)
-        if weight_files(directory) and (directory / "tokenizer.json").is_file():
+        if weight_files(directory) and all((directory / f).is_file() for f in ("config.json", "tokenizer.json")):
             return directory
     except (LocalEntryNotFoundError, CheckpointError):
         pass

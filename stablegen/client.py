@@ -17,6 +17,7 @@ from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
 from stablegen.engine.base import Engine, Generated
 from stablegen.errors import (
     CacheWriteError,
+    CheckpointError,
     ConfigError,
     DeviceError,
     DivergenceRiskError,
@@ -44,6 +45,8 @@ Progress = Callable[[int, int], None]
 """Called with how many distinct requests of a call are done, and how many there are."""
 
 log = logging.getLogger("stablegen")
+KEEP_EVERY = 5.0
+"""Seconds after which a batch's finished rows are written, though others of it go on."""
 
 
 class ModelSource(Protocol):
@@ -114,16 +117,19 @@ class Client:
         from stablegen.hf import LoadedModel
 
         loaded = LoadedModel(model)
-        device = find_device(loaded.device, loaded.dtype)
+        chosen = load_policy(policy)
+
+        def plan() -> Numerics:
+            device = find_device(loaded.device, loaded.dtype)
+            return numerics_on(device, chosen, loaded.dtype, attention=loaded.attention, alignment=loaded.alignment)
+
         store = open_store(cache_dir, size_limit)
         try:
             self._set_up(
                 loaded,
                 loaded.start,
                 Tokenizer.from_object(tokenizer),
-                numerics_on(
-                    device, load_policy(policy), loaded.dtype, attention=loaded.attention, alignment=loaded.alignment
-                ),
+                plan,
                 on_risk=on_risk,
                 accepted_risk=accepted_risk,
                 store=store,
@@ -184,17 +190,27 @@ class Client:
             checkpoint = open_checkpoint(settings.model, settings.revision, memory)
             device = find_device(settings.device, settings.dtype)
 
+            numerics = numerics_on(device, load_policy(settings.policy), settings.dtype)
+
             def start(numerics: Numerics) -> Engine:
                 from stablegen.engine.loading import load_engine
 
-                return load_engine(checkpoint, numerics, device.name)
+                engine = load_engine(checkpoint, numerics, device.name)
+                if checkpoint.identity.source == "digest":
+                    now = open_checkpoint(checkpoint.directory, None, memory).identity
+                    if now.identity != checkpoint.identity.identity:
+                        raise CheckpointError(
+                            f"the model in {checkpoint.directory} was changed since this client was made",
+                            hint="Make a new client",
+                        )
+                return engine
 
             client = cls.__new__(cls)
             client._set_up(
                 checkpoint,
                 start,
                 Tokenizer.from_file(checkpoint.tokenizer_file, memory),
-                numerics_on(device, load_policy(settings.policy), settings.dtype),
+                lambda: numerics,
                 on_risk=settings.on_risk,
                 accepted_risk=settings.accepted_risk,
                 store=store,
@@ -210,7 +226,7 @@ class Client:
         source: ModelSource,
         start: Callable[[Numerics], Engine],
         tokenizer: Tokenizer,
-        numerics: Numerics,
+        plan: Callable[[], Numerics],
         *,
         on_risk: OnRisk,
         accepted_risk: float,
@@ -221,7 +237,9 @@ class Client:
             raise ConfigError(f"on_risk={on_risk!r}", accepted=", ".join(get_args(OnRisk)))
         if not 0.0 <= accepted_risk <= 1.0:
             raise ConfigError(f"accepted_risk={accepted_risk!r}", accepted="a probability from 0 to 1")
-        self.policy = load_policy(numerics.policy)
+        self._plan = plan
+        self._planned = self.numerics = plan()
+        self.policy = load_policy(self.numerics.policy)
         if isinstance(self.policy, Invariant):
             check_invariant(source.config)
         self.tokenizer = tokenizer
@@ -229,16 +247,15 @@ class Client:
         self.accepted_risk = accepted_risk
         self.app = app
         self.store = store
-        self.numerics = numerics
         self._source = source
         self._start_engine = start
         self._identity = source.identity
         self._engine: Engine | None = None
-        self._checks: dict[int | None, SelfCheck] = {}
+        self._checks: dict[tuple[str, int | None], SelfCheck] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._asked = lru_cache(maxsize=65536)(self._ask)
-        self._budgets: dict[int, GenerationParams] = {}
+        self._budgets: dict[tuple[int, tuple[int, ...]], GenerationParams] = {}
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -297,11 +314,11 @@ class Client:
         """
         from stablegen.hf import generate
 
+        self._notice_changes()
         return generate(self, inputs, **arguments)
 
     def make_request(self, prompt_ids: Sequence[int], arguments: dict[str, Any]) -> Request:
         """Return the request for prompt token ids and a caller's generation arguments."""
-        self._notice_changes()
         return Request(tuple(prompt_ids), self._params(arguments), self._identity, self.tokenizer.digest)
 
     # -- looking -----------------------------------------------------------------------------------------------
@@ -336,7 +353,7 @@ class Client:
 
     def judge(self, record: Record) -> Verdict:
         """Return the guard's verdict on a record under this client's numerics."""
-        check = self._check(record.composition.width)
+        check = self._check(record.request.model, record.composition.width)
         return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk)
 
     def warnings(self) -> list[FlaggedHit]:
@@ -372,22 +389,24 @@ class Client:
     # -- one request's way -------------------------------------------------------------------------------------
 
     def _notice_changes(self) -> None:
-        """Take a model object that was changed in place for another model: other keys, a new engine."""
-        identity = self._source.identity
+        """Take a model object that was changed or moved for another: other keys or numerics, a new engine."""
+        identity, planned = self._source.identity, self._plan()
         if identity is not self._identity:
             self._identity, self._engine = identity, None
-            self._checks.clear()
             self._asked.cache_clear()
+        if planned is not self._planned and planned != self._planned:
+            self._planned = self.numerics = planned
+            self._engine = None
+            self._checks.clear()
 
     def _params(self, arguments: dict[str, Any]) -> GenerationParams:
-        budget = arguments.get("max_new_tokens")
-        plain = len(arguments) == 1 and type(budget) is int
-        known = self._budgets.get(budget) if plain and budget is not None else None
-        if known is not None:
-            return known
-        params = GenerationParams.from_arguments(arguments, eos_token_ids=self._source.eos_token_ids)
-        if plain:
-            self._budgets[params.max_new_tokens] = params
+        budget, ends = arguments.get("max_new_tokens"), self._source.eos_token_ids
+        if len(arguments) != 1 or type(budget) is not int:
+            return GenerationParams.from_arguments(arguments, eos_token_ids=ends)
+        params = self._budgets.get((budget, ends))
+        if params is None:
+            params = GenerationParams.from_arguments(arguments, eos_token_ids=ends)
+            self._budgets[budget, ends] = params
         return params
 
     def _ask(self, prompt: str, params: GenerationParams) -> tuple[str, Request]:
@@ -400,11 +419,14 @@ class Client:
         work = self._look_up(asked, results)
         if work.requests:
             with self._lock:
-                if self._start():
-                    # the device is not what its metadata said: what was judged has to be judged again
-                    results.clear()
-                    work = self._look_up(asked, results)
-                self._compute(work, results, progress)
+                try:
+                    if self._start():
+                        # the device is not what its metadata said: what was judged has to be judged again
+                        results.clear()
+                        work = self._look_up(asked, results)
+                    self._compute(work, results, progress)
+                except StablegenError as error:
+                    work.fail(error)
         if work.failure is not None:
             work.failure.completions = tuple(results.values())
             raise work.failure
@@ -446,14 +468,18 @@ class Client:
             width = self.policy.width(len(request.prompt_ids), self._source.context)
             widths.setdefault(width, []).append(request)
         for width, requests in widths.items():
-            check = self._check(width) or self._measure(width, work)
+            check = self._check(self._identity, width) or self._measure(width, work)
             for batch in self.policy.plan(requests, replace(self._engine.limits, slot_free=check.slot_free)):
                 fresh: list[Record] = []
+                kept = time.monotonic()
                 try:
                     for generated in self._engine.generate(batch):
                         fresh.append(self._record(generated, work))
                         if progress is not None:
                             progress(len(results) + len(fresh), total)
+                        if time.monotonic() - kept > KEEP_EVERY:
+                            self._keep(fresh, work, results)
+                            fresh, kept = [], time.monotonic()
                 except (EngineError, DeviceError) as error:
                     work.fail(error)
                 finally:  # also when interrupted: what is finished is kept
@@ -480,7 +506,7 @@ class Client:
             if old is None:
                 verdict, stands = self.judge(record), False
             else:
-                verdict = compare(old, record)
+                verdict = compare(old, record, check=self._check(self._identity, record.composition.width))
                 self._note(old, verdict, work)
                 stands = self.on_risk == "verify" and not verdict.flagged
             results[record.key] = Completion(record, cached=stands, verdict=verdict)
@@ -503,15 +529,16 @@ class Client:
                 return True
         return False
 
-    def _check_name(self, width: int | None) -> str:
-        return ":".join((self.numerics.digest, *self._identity.identity.values(), str(width)))
+    def _check_name(self, model: ModelIdentity, width: int | None) -> str:
+        return ":".join((self.numerics.digest, *model.identity.values(), str(width)))
 
-    def _check(self, width: int | None) -> SelfCheck | None:
-        check = self._checks.get(width)
+    def _check(self, model: ModelIdentity, width: int | None) -> SelfCheck | None:
+        """Return what is known of the policy's promise under the client's numerics with a model."""
+        check = self._checks.get((model.canonical, width))
         if check is None:
-            check = self.store.get_check(self._check_name(width))
+            check = self.store.get_check(self._check_name(model, width))
             if check is not None:
-                self._checks[width] = check
+                self._checks[model.canonical, width] = check
         return check
 
     def _measure(self, width: int | None, work: _Work) -> SelfCheck:
@@ -521,7 +548,7 @@ class Client:
         check = self_check(self._engine, self._source.vocabulary, width)
         if self.policy.promises:
             try:
-                self.store.put_check(self._check_name(width), check)
+                self.store.put_check(self._check_name(self._identity, width), check)
             except CacheWriteError as error:
                 work.fail(error)
             if not check.passed:
@@ -531,7 +558,7 @@ class Client:
                     PromiseWarning,
                     stacklevel=2,
                 )
-        self._checks[width] = check
+        self._checks[self._identity.canonical, width] = check
         return check
 
     # -- flagged hits ------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ def visible_gpus() -> list[Device]:
     try:
         handles = _visible(pynvml, [_handle(pynvml, i) for i in range(pynvml.nvmlDeviceGetCount())])
         return [_gpu(pynvml, index, handle) for index, handle in enumerate(handles)]
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"NVML cannot describe this machine's GPUs: {error}", accepted="device='cpu'") from error
     finally:
         pynvml.nvmlShutdown()
 
@@ -158,8 +160,22 @@ def instruction_set() -> str:
 
 
 def usable_cpus() -> int:
-    """Return how many threads a CPU run uses where torch does not say: OMP_NUM_THREADS, else the CPUs allowed."""
+    """Return how many threads a CPU run uses where torch does not say: OMP_NUM_THREADS, else the cores allowed.
+
+    Cores, not hardware threads: so does torch with MKL.
+    """
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = {_core(cpu) for cpu in allowed}
+    return len(allowed) if None in cores else len(cores)
+
+
+def _core(cpu: int) -> str | None:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+    except OSError:
+        return None

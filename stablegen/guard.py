@@ -60,7 +60,7 @@ def judge(
     step a verdict names is the most fragile one, the first of them where several are.
     """
     same = record.numerics.digest == numerics.digest
-    if same and _kept(check, numerics):
+    if same and _kept(check, record):
         return EXACT
     if record.trace is None:
         return Verdict(status="unknown", reason="the record has no trace to judge by")
@@ -83,9 +83,10 @@ def judge(
     )
 
 
-def compare(old: Record, fresh: Record) -> Verdict:
+def compare(old: Record, fresh: Record, *, check: SelfCheck | None) -> Verdict:
     """Return the verdict on a hit after it was recomputed: equal bits, equal tokens, or where they part.
 
+    Equal bits are ``exact`` only if the next run will give them too, by the ``check`` of the fresh record's numerics.
     A ``diverged`` verdict names the old answer's token and the fresh one's at the first step that differs.
     """
     if old.trace is None or fresh.trace is None:
@@ -108,7 +109,7 @@ def compare(old: Record, fresh: Record) -> Verdict:
         )
     bits = old.trace.score_hash == fresh.trace.score_hash
     return Verdict(
-        status="exact" if bits else "stable",
+        status="exact" if bits and _kept(check, fresh) else "stable",
         probability=0.0,
         basis="verified",
         reason="recomputed: every score row has the same bits" if bits else "recomputed: same tokens, other scores",
@@ -119,13 +120,12 @@ def _at(values: tuple[_T, ...], step: int) -> _T | None:
     return values[step] if step < len(values) else None
 
 
-def _kept(check: SelfCheck | None, numerics: Numerics) -> bool:
-    return (
-        check is not None
-        and check.passed
-        and check.numerics.digest == numerics.digest
-        and load_policy(numerics.policy).promises
-    )
+def _kept(check: SelfCheck | None, record: Record) -> bool:
+    """Return whether the record's policy promises its bits, and was found to keep the promise for its slot."""
+    if check is None or not check.passed or check.numerics.digest != record.numerics.digest:
+        return False
+    slot_matters = check.width is not None and not check.slot_free
+    return load_policy(record.numerics.policy).promises and not (slot_matters and record.composition.slot)
 
 
 def flip_probabilities(trace: Trace, recorded: Numerics, current: Numerics) -> list[float]:

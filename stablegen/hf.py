@@ -42,25 +42,31 @@ class LoadedModel:
         if model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         self.model = model
-        self.config: Mapping[str, Any] = model.config.to_dict()
-        self._fingerprint: list[int] = []
+        self._fingerprint: tuple[object, ...] = ()
         self._identity: ModelIdentity | None = None
 
     @property
     def identity(self) -> ModelIdentity:
         """Return the digest of weights and configuration, taken again where a weight was changed in place.
 
-        A change is seen by an exact sum over the bits of each tensor: one pass over the weights a call.
+        A change is seen by torch's count of changes to each tensor, and, for what that misses (``.data``), by an
+        exact sum over its bits: a pass over the weights. Values that change places through ``.data`` are not seen.
         """
-        state = self.model.state_dict()
-        sums = [_bits(tensor).sum(dtype=torch.int64) for tensor in state.values()]
-        fingerprint = torch.stack(sums).tolist()
+        state = self.model.state_dict(keep_vars=True)
+        sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
+        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+        fingerprint = (versions, tuple(sums.tolist()), repr(self.config))
         if self._identity is None or fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
             self._identity = ModelIdentity(
                 source="digest", digest=_digest(state, self.config), name=str(self.model.config._name_or_path)
             )
         return self._identity
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return the model's configuration as it is now."""
+        return dict(self.model.config.to_dict())
 
     @property
     def context(self) -> int:
@@ -111,7 +117,7 @@ def _digest(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str
     known = {name: value for name, value in config.items() if name not in _VOLATILE}
     total = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for name in sorted(state):
-        tensor = state[name].cpu()
+        tensor = state[name].detach().cpu()
         if not torch.isfinite(tensor).all():
             raise ModelError(f"the model's weights hold NaN or infinity: {name}", hint="Load it again")
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -30,6 +30,7 @@ OVERRIDES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
     "DISABLE_ADDMM_CUDA_LT",
+    "DISABLE_PTXAS_OPT",
     "DNNL_DEFAULT_FPMATH_MODE",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
@@ -41,8 +42,14 @@ OVERRIDES = (
     "ONEDNN_MAX_CPU_ISA",
     "OPENBLAS_CORETYPE",
     "OPENBLAS_NUM_THREADS",
+    "PTXAS_OPTIONS",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TORCH_BLAS_PREFER_CUBLASLT",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_FORCE_DISABLE_FP_FUSION",
+    "TRITON_KERNEL_OVERRIDE",
+    "TRITON_OVERRIDE_ARCH",
+    "TRITON_PTXAS_PATH",
 )
 """Environment variables that change which kernels run."""
 
@@ -165,16 +172,28 @@ def cpu_threads() -> int:
 def torch_matmul_precision() -> str:
     """Return torch's float32 matmul precision; its default where torch is not loaded."""
     loaded = sys.modules.get("torch")
-    return str(loaded.get_float32_matmul_precision()) if loaded is not None else "highest"
+    if loaded is None:
+        return "highest"
+    try:
+        return str(loaded.get_float32_matmul_precision())
+    except RuntimeError:  # set through torch's newer interface, which the older one refuses to read
+        backends = loaded.backends
+        return f"cuda {backends.cuda.matmul.fp32_precision}, mkldnn {backends.mkldnn.matmul.fp32_precision}"
 
 
 def reduced_precision() -> str:
-    """Return whether 16-bit GEMMs may add partial sums in 16 bits; torch's default where it is not loaded."""
+    """Return how 16-bit GEMMs may add, and whether kernels must be deterministic; torch's defaults without it."""
     loaded = sys.modules.get("torch")
     if loaded is None:
-        return "fp16=True bf16=True"  # torch's defaults
+        return "fp16=True bf16=True accumulate=False deterministic=False"
     matmul = loaded.backends.cuda.matmul
-    return f"fp16={matmul.allow_fp16_reduced_precision_reduction} bf16={matmul.allow_bf16_reduced_precision_reduction}"
+    flags = {
+        "fp16": matmul.allow_fp16_reduced_precision_reduction,
+        "bf16": matmul.allow_bf16_reduced_precision_reduction,
+        "accumulate": getattr(matmul, "allow_fp16_accumulation", False),
+        "deterministic": loaded.are_deterministic_algorithms_enabled(),
+    }
+    return " ".join(f"{name}={value}" for name, value in flags.items())
 
 
 def attention_backends() -> str:

@@ -25,15 +25,16 @@ def read_prompts(lines: Iterable[bytes], name: str) -> list[PromptLine]:
     string ``prompt`` each, other members being the caller's own. Anything else is one prompt a line.
     """
     found: list[PromptLine] = []
-    as_json = name.endswith((".jsonl", ".ndjson"))
+    as_json = True if name.endswith((".jsonl", ".ndjson")) else None
     for number, raw in enumerate(lines, start=1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             if not line.strip():
                 continue
-            as_json = as_json or (not found and line.lstrip().startswith("{"))
+            if as_json is None:  # the first line that can be read decides
+                as_json = line.lstrip().startswith("{")
             found.append(PromptLine(number, _prompt(line) if as_json else line))
-        except ValueError as problem:  # UnicodeDecodeError and JSONDecodeError are kinds of it
+        except (ValueError, RecursionError) as problem:  # broken UTF-8 and broken JSON are kinds of the first
             error = InputFileError(
                 f"{name}, line {number}: {problem}", accepted='UTF-8; {"prompt": "..."} or plain text on each line'
             )

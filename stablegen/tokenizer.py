@@ -25,7 +25,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         try:
-            backend = Backend.from_file(str(file))
+            backend = _whole(Backend.from_file(str(file)))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
         return cls(backend, memory.digest(file))
@@ -40,7 +40,8 @@ class Tokenizer:
                 accepted="a fast transformers tokenizer, or tokenizers.Tokenizer",
             )
         wrapped = tokenizer if backend is not tokenizer else None
-        return cls(backend, hashlib.sha256(backend.to_str().encode()).hexdigest(), wrapped=wrapped)
+        own = _whole(type(backend).from_str(backend.to_str()))
+        return cls(own, hashlib.sha256(own.to_str().encode()).hexdigest(), wrapped=wrapped)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a prompt."""
@@ -56,3 +57,10 @@ class Tokenizer:
         """Return the text of one token as a person reads it, special tokens by name."""
         text = str(self._backend.decode([index], skip_special_tokens=False))
         return text if text and "\ufffd" not in text else str(self._backend.id_to_token(index))
+
+
+def _whole(backend: Any) -> Any:
+    """Return a tokenizer that neither cuts nor pads, whatever its file or an earlier call has set."""
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

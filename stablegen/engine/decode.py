@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -31,6 +32,10 @@ class Forward(Protocol):
         ...
 
 
+_T = TypeVar("_T")
+_THREADS = threading.RLock()
+
+
 @dataclass(slots=True)
 class _Row:
     request: Request
@@ -52,22 +57,27 @@ class _Row:
 
 
 def decode(
-    forward: Forward,
+    prepare: Callable[[], Forward],
     batch: Batch,
+    device: torch.device,
     best_two: Callable[[torch.Tensor], BestTwo],
     observe: Observer | None = None,
 ) -> Iterator[Generated]:
-    """Yield each request of a batch as it finishes; a row that fails is reported when the others are done."""
+    """Yield each request of a batch as it finishes; a row that fails is reported when the others are done.
+
+    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass.
+    """
     started = time.perf_counter()
     rows = {slot: _Row(request) for slot, request in batch.requests}
     live = list(rows)
     failed: list[tuple[Request, int]] = []
-    scores = _run(lambda: forward.prefill(live), batch)
+    forward = _run(prepare, batch, device)
+    scores = _run(lambda: forward.prefill(live), batch, device)
     while live:
         if observe is not None:
             for slot, row_scores in zip(live, scores, strict=True):
                 observe(slot, row_scores)
-        best = best_two(scores)
+        best = _run(lambda scores=scores: best_two(scores), batch, device)  # type: ignore[misc]
         pairs, values = best.tokens.tolist(), best.scores.tolist()
         going = []
         for index, (slot, hash_value, finite) in enumerate(
@@ -96,7 +106,7 @@ def decode(
         live = going
         if live:
             newest = [rows[slot].tokens[-1] for slot in live]
-            scores = _run(lambda newest=newest, live=live: forward.step(newest, live), batch)  # type: ignore[misc]
+            scores = _run(lambda newest=newest, live=live: forward.step(newest, live), batch, device)  # type: ignore[misc]
     if failed:
         request, step = failed[0]
         shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
@@ -107,9 +117,10 @@ def decode(
         )
 
 
-def _run(action: Callable[[], torch.Tensor], batch: Batch) -> torch.Tensor:
+def _run(action: Callable[[], _T], batch: Batch, device: torch.device) -> _T:
     try:
-        with torch.inference_mode():
+        # a caller's autocast would compute in another dtype than the numerics say
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             return action()
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
@@ -137,12 +148,15 @@ def check_flags(numerics: Numerics) -> None:
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Run with the number of threads that ``Numerics`` promises; None leaves it alone."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
+    if count is None:
         yield
         return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with _THREADS:  # the number is the process's: two clients in two threads take turns
+        before = torch.get_num_threads()
+        if count != before:
+            torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            if count != before:
+                torch.set_num_threads(before)

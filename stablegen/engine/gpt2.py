@@ -167,7 +167,8 @@ class GPT2Engine:
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
         """
         check_flags(self.numerics)
-        return decode(_Packed(self, batch), batch, self.model.kernels.best_two, observe)
+        model = self.model
+        return decode(lambda: _Packed(self, batch), batch, model.device, model.kernels.best_two, observe)
 
 
 class _Packed:
@@ -186,7 +187,8 @@ class _Packed:
         ends = {}
         for index, (_, slot, _) in enumerate(packed):
             ends[slot] = index
-        last = torch.empty(len(live), self._model.heads * self._model.size, device=self._model.device)
+        width = self._model.heads * self._model.size
+        last = torch.empty(len(live), width, dtype=torch.float32, device=self._model.device)
         for start in range(0, len(packed), self._engine.chunk):
             x = self._forward(packed[start : start + self._engine.chunk])
             for row, slot in enumerate(live):

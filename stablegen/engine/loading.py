@@ -16,7 +16,7 @@ from stablegen.engine.base import Engine
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.transformers import TransformersEngine
 from stablegen.engine.weights import align, alignment_of, check_finite
-from stablegen.errors import CheckpointError, DeviceError
+from stablegen.errors import CheckpointError, DeviceError, DeviceMemoryError
 from stablegen.kernels.base import KernelSet
 from stablegen.numerics import Numerics, numerics_on
 from stablegen.policy import Invariant, load_policy
@@ -28,9 +28,18 @@ def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str) -> Engin
     Its ``numerics`` are what torch reports. Raises ``CheckpointError`` for weights that are damaged, incomplete or
     not finite, ``DeviceError`` where torch cannot use the device.
     """
+    try:
+        return _load(checkpoint, planned, torch_device(device))
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the model {checkpoint.identity.name} did not fit into the memory of {device}",
+            hint="Use a 16-bit dtype, a smaller model or another device",
+        ) from error
+
+
+def _load(checkpoint: Checkpoint, planned: Numerics, target: torch.device) -> Engine:
     policy = load_policy(planned.policy)
     dtype = getattr(torch, planned.dtype)
-    target = torch_device(device)
     if isinstance(policy, Invariant):
         tensors = _read_weights(checkpoint)
         model = GPT2(checkpoint.config, tensors, kernels_for(target), dtype=dtype, device=target)

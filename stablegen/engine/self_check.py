@@ -7,7 +7,7 @@ nothing is ever called ``exact`` under it.
 from __future__ import annotations
 
 from stablegen.engine.base import Engine
-from stablegen.errors import EngineError
+from stablegen.errors import EngineError, NumericsChangedError
 from stablegen.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Padded, load_policy
 from stablegen.record import SelfCheck, Trace
 from stablegen.request import GenerationParams, ModelIdentity, Request
@@ -30,6 +30,8 @@ def self_check(engine: Engine, vocabulary: int, width: int | None = None) -> Sel
         return SelfCheck(numerics=engine.numerics, passed=False, checks={"policy": f"{policy} promises nothing"})
     try:
         checks = _checks(engine, policy, vocabulary, width)
+    except NumericsChangedError:
+        raise
     except EngineError as error:  # a model that cannot run everywhere proves nothing
         checks = {"run": str(error)}
     # a padded row can be kept in slot 0; under `invariant` the slot is part of the promise

@@ -37,7 +37,7 @@ class TransformersEngine:
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         check_flags(self.numerics)
-        return decode(_LeftPadded(self, batch), batch, best_two, observe)
+        return decode(lambda: _LeftPadded(self, batch), batch, self.model.device, best_two, observe)
 
 
 class _LeftPadded:

@@ -42,9 +42,11 @@ class ReferenceKernels:
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """Return ``activation(x @ weight + bias) + residual`` [M, N]; every product is [K] x [K, N], aligned alike."""
-        result = torch.empty(x.shape[0], layer.weight.shape[1])
+        result = torch.empty(x.shape[0], layer.weight.shape[1], dtype=torch.float32)
         transposed = layer.weight.t()
-        operand = torch.empty(x.shape[1])  # one buffer: a row's own address may be aligned otherwise
+        operand = torch.empty(
+            x.shape[1], dtype=torch.float32
+        )  # one buffer: a row's own address may be aligned otherwise
         for row in range(x.shape[0]):
             operand.copy_(x[row])
             y = torch.mv(transposed, operand)
@@ -90,7 +92,7 @@ class ReferenceKernels:
         for (slot, block), members in groups.items():
             rows = torch.tensor(members)
             places = positions[rows] - block * QUERY_BLOCK
-            tile = torch.zeros(heads, QUERY_BLOCK, size)
+            tile = torch.zeros(heads, QUERY_BLOCK, size, dtype=torch.float32)
             tile[:, places] = query[rows].float().transpose(0, 1)
             result = _attend(tile, block * QUERY_BLOCK, keys[slot], values[slot], scale)
             out[rows] = result[:, places].transpose(0, 1).to(out.dtype)
@@ -117,16 +119,16 @@ def _attend(
     for block in range(blocks):
         start = block * KEY_BLOCK
         stop = min(start + KEY_BLOCK, capacity)
-        key = torch.zeros(heads, KEY_BLOCK, size)
-        value = torch.zeros(heads, KEY_BLOCK, size)
+        key = torch.zeros(heads, KEY_BLOCK, size, dtype=torch.float32)
+        value = torch.zeros(heads, KEY_BLOCK, size, dtype=torch.float32)
         key[:, : stop - start] = keys[:, start:stop]
         value[:, : stop - start] = values[:, start:stop]
         seen = torch.arange(start, start + KEY_BLOCK)[None, :] <= position
-        weights.append(torch.where(seen, torch.bmm(query, key.transpose(1, 2)) * scale, torch.tensor(float("-inf"))))
+        weights.append(torch.where(seen, torch.bmm(query, key.transpose(1, 2)) * scale, float("-inf")))
         content.append(value)
     best = torch.stack([w.amax(-1) for w in weights]).amax(0)[..., None]  # a maximum has no rounding
-    total = torch.zeros(heads, rows)
-    result = torch.zeros(heads, rows, size)
+    total = torch.zeros(heads, rows, dtype=torch.float32)
+    result = torch.zeros(heads, rows, size, dtype=torch.float32)
     for weight, value in zip(weights, content, strict=True):
         share = torch.exp(weight - best)
         total = total + tree_sum(share)

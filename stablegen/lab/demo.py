@@ -222,7 +222,9 @@ def _rows(engine: Engine, batches: Iterator[Batch], needles: list[Request]) -> d
 def _judge_hits() -> Iterator[Judged]:
     prompts = list(PROMPTS)
     with tempfile.TemporaryDirectory(prefix="stablegen-demo-") as folder:
-        with Client.from_pretrained("tiny-gpt2", policy="invariant", cache_dir=f"{folder}/own") as client:
+        with Client.from_pretrained(
+            "tiny-gpt2", policy="invariant", dtype="float32", device="auto", cache_dir=f"{folder}/own"
+        ) as client:
             for _ in range(2):
                 completion = client.complete(prompts[0], max_new_tokens=LONG)
                 yield _judged(client, completion.record, completion.cached, completion.verdict)
@@ -230,10 +232,14 @@ def _judge_hits() -> Iterator[Judged]:
             where = f"{folder}/{policy}-{dtype}"
             with Client.from_pretrained("tiny-gpt2", policy=policy, dtype=dtype, cache_dir=where) as client:
                 client.complete(prompts, max_new_tokens=LONG)
-            with Client.from_pretrained("tiny-gpt2", policy="invariant", cache_dir=where, on_risk="serve") as client:
+            with Client.from_pretrained(
+                "tiny-gpt2", policy="invariant", dtype="float32", device="auto", cache_dir=where, on_risk="serve"
+            ) as client:
                 hits = client.complete(prompts, max_new_tokens=LONG)
                 # the truth, beside the judgement: computed apart, under the client's own numerics
-                with Client.from_pretrained("tiny-gpt2", policy="invariant", cache_dir=f"{folder}/own") as fresh:
+                with Client.from_pretrained(
+                    "tiny-gpt2", policy="invariant", dtype="float32", device="auto", cache_dir=f"{folder}/own"
+                ) as fresh:
                     truth = fresh.complete(prompts, max_new_tokens=LONG)
                 for hit, real in zip(hits, truth, strict=True):
                     assert hit.trace is not None

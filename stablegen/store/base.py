@@ -69,7 +69,7 @@ class Store(Protocol):
         ...
 
     def flag(self, hit: FlaggedHit) -> None:
-        """Keep a flagged hit; the newest of a request under the same numerics stays."""
+        """Keep a flagged hit; of one request, app and numerics the newest judgement stays, and the newest proof."""
         ...
 
     def flagged(self) -> list[FlaggedHit]:

@@ -103,8 +103,9 @@ class DiskStore:
                 yield record
 
     def flag(self, hit: FlaggedHit) -> None:
-        """Keep a flagged hit; the newest of a request under the same numerics stays."""
-        self._write({f"{_FLAG}{hit.key}:{hit.current_digest}": hit.model_dump_json().encode()})
+        """Keep a flagged hit; of one request, app and numerics the newest judgement stays, and the newest proof."""
+        proof = hit.verdict.basis == "verified"
+        self._write({f"{_FLAG}{hit.key}:{hit.current_digest}:{proof}:{hit.app}": hit.model_dump_json().encode()})
 
     def flagged(self) -> list[FlaggedHit]:
         """Return the flagged hits, oldest first."""
