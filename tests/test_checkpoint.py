@@ -16,6 +16,7 @@ from support import TINY, client, save, small_directory, small_gpt2
 
 from stablegen.checkpoint import DigestMemory, is_network_error, open_checkpoint, weight_files, with_retries
 from stablegen.errors import CheckpointError, HubError, ModelError, NonFiniteScoresError, PolicyError
+from stablegen.tokenizer import Tokenizer
 
 NONE = DigestMemory(None)
 
@@ -145,9 +146,48 @@ def test_a_directory_that_is_not_there(name: Any) -> None:
     ],
 )
 def test_damaged_json_is_named(file: str, content: str, told: str, directory: Path) -> None:
+    if file == "model.safetensors.index.json":
+        (directory / "model.safetensors").unlink()
     (directory / file).write_text(content)
     with pytest.raises(CheckpointError, match=told):
         open_checkpoint(directory, None, NONE)
+
+
+def test_one_file_of_weights_is_preferred_to_shards(directory: Path) -> None:
+    # as transformers does: the key must be that of the weights that run
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    assert [file.name for file in weight_files(directory)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("policy", ["single", "invariant"])
+def test_weights_replaced_before_they_are_loaded_are_noticed(policy: str, directory: Path, tmp_path: Path) -> None:
+    with client(tmp_path / "cache", model=directory, policy=policy) as asking:
+        save(small_gpt2(initializer_range=0.5), directory)
+        with pytest.raises(CheckpointError, match="was changed since this client was made"):
+            asking.complete("Hello", max_new_tokens=2)
+        assert list(asking.store.records()) == []
+
+
+@pytest.mark.parametrize("changes", [{"n_head": None}, {"n_head": 0}, {"n_head": "x"}, {"n_layer": 1.5}])
+def test_a_configuration_that_makes_no_sense_is_named(changes: dict[str, Any], directory: Path, tmp_path: Path) -> None:
+    edit_config(directory, **changes)
+    with pytest.raises(CheckpointError, match=f"no usable {next(iter(changes))}"):
+        run(directory, tmp_path / "cache", "invariant")
+
+
+@pytest.mark.parametrize("ends", [[[1]], "x", -1])
+def test_end_tokens_that_are_none_are_named(ends: Any, directory: Path) -> None:
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"eos_token_id is .*Accepted: a token id"):
+        open_checkpoint(directory, None, NONE)
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither(directory: Path) -> None:
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(content))
+    assert len(Tokenizer.from_file(file, NONE).encode("one two three four five six seven")) > 4
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "\0"])

@@ -112,6 +112,28 @@ def test_a_broken_line_is_named_and_the_others_run(run: Run, tmp_path: Path) -> 
     assert "context is 1024" in done.err
 
 
+def test_what_cannot_be_shown_or_read_stops_nothing(tmp_path: Path) -> None:
+    lines = b'{"prompt": "One day"}\n{"prompt": "\\ud800"}\n{"prompt":' + b"[" * 200_000 + b'\n{"prompt": "Two men"}\n'
+    arguments = ("generate", "--max-new-tokens", "2", "--json", "--cache-dir", str(tmp_path / "cache"))
+    done = subprocess.run(command(*arguments), input=lines, capture_output=True, check=False, cwd=tmp_path)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [("error" in line, line["line"]) for line in found] == [(False, 1), (True, 2), (True, 3), (False, 4)]
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_first_line_that_is_broken_does_not_make_text_of_the_rest(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(b'\xff{"prompt": "x"}\n{"prompt": "One day"}\n')
+    done = run("generate", "--file", "in.txt", "--max-new-tokens", "2", "--json")
+    assert [line["prompt"] for line in done.lines] == [None, "One day"]
+
+
+def test_a_cache_is_not_emptied_without_a_yes(tmp_path: Path) -> None:
+    arguments = command("cache", "clear", "--cache-dir", str(tmp_path / "cache"))
+    done = subprocess.run(arguments, input="n\n", capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "nothing was done\n")
+
+
 def test_out_is_written_whole_or_not_at_all(run: Run, tmp_path: Path) -> None:
     arguments = ("generate", PROMPT, "--max-new-tokens", "3", "--json", "--out", "answers.jsonl")
     assert run(*arguments) == (0, "", "")

@@ -28,15 +28,17 @@ import stablegen
 from stablegen.client import Client
 from stablegen.errors import (
     ConfigError,
+    DeviceError,
     DivergenceRiskError,
     MarginWarning,
     ModelError,
     NonFiniteScoresError,
+    NumericsChangedError,
     PolicyError,
     PromiseWarning,
     RecordNotFoundError,
 )
-from stablegen.record import Completion, Record
+from stablegen.record import Completion, Record, SelfCheck
 
 PROMPTS = ["Hello", "Tell me about yourself.\nanswer : ", "What is", "Once upon a time", "No"]
 NEW = 3
@@ -288,7 +290,7 @@ def test_a_divergence_is_found_and_replaced(on_risk: str, step: int, tmp_path: P
         assert (done.verdict.token, done.verdict.runner_up) == (77, fresh.token_ids[step])
         found = asking.inspect(done.key)
         assert (found.token_ids, found.superseded) == (fresh.token_ids, wrong)
-        assert [hit.verdict.status for hit in asking.warnings()] == ["diverged"]
+        assert [hit.verdict.status for hit in asking.warnings()] == ["at_risk", "diverged"]
         assert asking.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
 
 
@@ -417,6 +419,91 @@ def test_a_self_check_that_fails_leaves_the_requests_that_can_run(policy: str, t
 
 
 # -- a model object ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["single", "padded:2", "invariant"])
+def test_a_callers_autocast_and_default_dtype_move_no_bit(policy: str, tmp_path: Path) -> None:
+    import torch
+
+    with client(tmp_path / "a", policy=policy) as plain, client(tmp_path / "b", policy=policy) as within:
+        expected = plain.complete("Hello", max_new_tokens=NEW)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = within.complete("Hello", max_new_tokens=NEW)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert (found.trace, found.record.numerics) == (expected.trace, expected.record.numerics)
+
+
+def test_hits_are_handed_over_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
+    with client(tmp_path) as asking:
+        asking.complete("Hello", max_new_tokens=NEW)
+    with client(tmp_path) as asking:
+        asking._start_engine = lambda _: (_ for _ in ()).throw(DeviceError("no such luck"))
+        with pytest.raises(DeviceError, match="no such luck") as told:
+            asking.complete(["Hello", "Goodbye"], max_new_tokens=NEW)
+    assert [completion.record.request.prompt for completion in told.value.completions] == ["Hello"]
+
+
+def test_flags_changed_during_a_check_are_no_broken_promise(tmp_path: Path) -> None:
+    import torch
+
+    wide = "word " * 70  # another width, which is measured when it is first asked for
+    with client(tmp_path, policy="padded:2") as asking:
+        asking.complete("Hello", max_new_tokens=NEW)
+        torch.set_float32_matmul_precision("high")
+        try:
+            with pytest.raises(NumericsChangedError):
+                asking.complete(wide, max_new_tokens=NEW)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert asking.complete(wide, max_new_tokens=NEW).verdict.status == "exact"
+
+
+def test_a_record_is_judged_by_the_check_of_its_own_model(tmp_path: Path, tokenizer: Any) -> None:
+    with Client(small_gpt2(), tokenizer, cache_dir=tmp_path) as other:
+        made = other.complete("Hello", max_new_tokens=NEW)
+        broken = SelfCheck(numerics=other.numerics, passed=False)
+        other.store.put_check(other._check_name(made.record.request.model, None), broken)
+    with Client(small_gpt2(n_layer=1), tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
+        assert asking.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
+        assert asking.numerics == made.record.numerics
+        assert asking.judge(made.record).status != "exact"
+
+
+def test_two_apps_keep_a_flag_each(tmp_path: Path) -> None:
+    with client(tmp_path) as asking:
+        asking.complete("Hello", max_new_tokens=NEW)
+        stored(asking)
+    for app in ("one", "two"):
+        with client(tmp_path, on_risk="serve") as asking:
+            asking.app = app
+            asking.complete("Hello", max_new_tokens=NEW)
+            kept = asking.warnings()
+    assert [hit.app for hit in kept] == ["one", "two"]
+
+
+def test_a_model_moved_to_another_dtype_or_attention_has_other_numerics(tmp_path: Path, tokenizer: Any) -> None:
+    import torch
+
+    model = small_gpt2()
+    with Client(model, tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
+        first = asking.complete("Hello", max_new_tokens=NEW)
+        model.set_attn_implementation("eager")
+        asking.complete("Hello", max_new_tokens=NEW)
+        assert asking.numerics.kernels != first.record.numerics.kernels
+        model.to(torch.bfloat16)
+        moved = asking.complete("Goodbye", max_new_tokens=NEW)
+        assert (moved.record.numerics.dtype, moved.record.numerics.kernels) == ("bfloat16", "transformers-eager/1")
+
+
+def test_a_model_whose_end_token_was_changed_uses_it(tmp_path: Path, tokenizer: Any) -> None:
+    model = small_gpt2()
+    with Client(model, tokenizer, cache_dir=tmp_path) as asking:
+        first = asking.complete("Hello", max_new_tokens=NEW)
+        model.generation_config.eos_token_id = first.token_ids[0]
+        assert asking.complete("Hello", max_new_tokens=NEW).token_ids == first.token_ids[:1]
 
 
 @pytest.mark.parametrize("policy", ["single", "padded:2", "invariant"])

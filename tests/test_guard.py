@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import numerics, passed, record, trace, untraced, with_token
 
 from stablegen.guard import DEFAULT_ACCEPTED_RISK, compare, flip_probabilities, judge
-from stablegen.record import Record, SelfCheck, Trace
+from stablegen.record import Composition, Record, SelfCheck, Trace
 
 HERE = numerics()
 ELSEWHERE = numerics(torch="0.0.1")
@@ -172,33 +172,48 @@ def test_judging_is_pure() -> None:
 
 
 def test_compare_equal_bits() -> None:
-    verdict = compare(record(numerics=ELSEWHERE), record())
+    verdict = compare(record(numerics=ELSEWHERE), record(), check=passed(HERE))
     assert (verdict.status, verdict.probability, verdict.basis) == ("exact", 0.0, "verified")
+
+
+@pytest.mark.parametrize("policy", ["native", "single"])
+def test_equal_bits_promise_nothing_without_a_kept_promise(policy: str) -> None:
+    now = numerics(policy=policy)
+    for check in (None, SelfCheck(numerics=now, passed=policy == "native")):
+        assert compare(record(), record(numerics=now), check=check).status == "stable"
+
+
+@pytest.mark.parametrize(("slot", "slot_free", "exact"), [(0, False, True), (1, False, False), (1, True, True)])
+def test_a_slot_that_matters_has_to_be_the_first(slot: int, slot_free: bool, exact: bool) -> None:
+    now = numerics(policy="padded:2")
+    check = SelfCheck(numerics=now, width=64, passed=True, slot_free=slot_free)
+    made = record(numerics=now, composition=Composition(2, 1, slot, 64))
+    assert (judge(made, now, check=check).status == "exact") == exact
 
 
 def test_compare_equal_tokens_other_scores() -> None:
     old = record()
     assert old.trace is not None
     columns = (old.trace.tokens, old.trace.runner_ups, old.trace.scores, old.trace.runner_up_scores)
-    verdict = compare(old, record(traced=Trace.of(*columns, [1, 2])))
+    verdict = compare(old, record(traced=Trace.of(*columns, [1, 2])), check=passed(HERE))
     assert (verdict.status, verdict.probability, verdict.basis) == ("stable", 0.0, "verified")
 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_compare_other_tokens(step: int) -> None:
     fresh = record(margins=[0.5, 0.25])
-    verdict = compare(with_token(fresh, step, 77), fresh)
+    verdict = compare(with_token(fresh, step, 77), fresh, check=passed(HERE))
     assert (verdict.status, verdict.probability, verdict.basis) == ("diverged", 1.0, "verified")
     assert (verdict.step, verdict.token, verdict.runner_up) == (step, 77, step)
     assert verdict.margin == [0.5, 0.25][step]
 
 
 def test_compare_a_longer_answer() -> None:
-    verdict = compare(record(margins=[0.5]), record(margins=[0.5, 0.25]))
+    verdict = compare(record(margins=[0.5]), record(margins=[0.5, 0.25]), check=passed(HERE))
     assert (verdict.status, verdict.step, verdict.token, verdict.runner_up) == ("diverged", 1, None, 1)
 
 
 @pytest.mark.parametrize(("tokens", "status"), [((0, 1), "stable"), ((0, 2), "diverged"), ((0,), "diverged")])
 def test_compare_without_a_trace(tokens: tuple[int, ...], status: str) -> None:
-    verdict = compare(untraced(tokens), record())
+    verdict = compare(untraced(tokens), record(), check=passed(HERE))
     assert (verdict.status, verdict.basis) == (status, "verified")
