@@ -258,6 +258,7 @@ def completion_json(client: Client, completion: Completion) -> dict[str, Any]:
 def inspect(
     key: Annotated[str, typer.Argument(help="A completion's key, or its first digits.")],
     model: Model = None,
+    revision: Revision = None,
     policy: Policy = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -266,7 +267,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show a stored answer step by step: token, runner-up, margin, probability of a flip."""
-    with _client(model, policy, dtype, device, app_name, cache_dir) as client:
+    with _client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
         record = client.inspect(client.find_key(key))
         verdict = client.judge(record)
         if as_json:
@@ -436,6 +437,7 @@ def show(app_name: App = None, as_json: AsJson = False) -> None:
 @app.command()
 def doctor(
     model: Model = None,
+    revision: Revision = None,
     policy: Policy = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -445,7 +447,7 @@ def doctor(
     """Load the model, measure whether the policy keeps its promise here, and show every check kept so far."""
     import stablegen
 
-    with _client(model, policy, dtype, device, app_name, cache_dir) as client:
+    with _client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
         print(f"stablegen {stablegen.__version__}, cache {client.store.path}")
         for name, value in client.numerics.model_dump(exclude_none=True).items():
             print(f"{name:>24}  {value}")
