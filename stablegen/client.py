@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 log = logging.getLogger("stablegen")
 KEEP_EVERY = 5.0
-"""Seconds after which a batch's finished rows are written, though others of it go on."""
+"""Seconds after which the next row to finish has its batch's finished rows written, though others of it go on."""
 
 
 class ModelSource(Protocol):

@@ -365,6 +365,16 @@ def test_an_interrupt_loses_nothing_finished(policy: str, kept: int, tmp_path: P
     assert sum(completion.cached for completion in done) == kept
 
 
+def test_finished_rows_are_written_while_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stablegen.client.KEEP_EVERY", -1.0)
+    with client(tmp_path, policy="invariant") as asking:
+        asking.complete("Hello", max_new_tokens=NEW)
+        stored_then: list[int] = []
+        requests = [asking.request("No", max_new_tokens=budget) for budget in (1, 2, 3)]
+        asking.run(requests, progress=lambda *_: stored_then.append(len(asking.store.keys())))
+    assert stored_then == [1, 2, 3]  # each row's predecessor is on the disk, though one batch holds all
+
+
 def overflowing(positions: slice) -> Any:
     """Return a model with finite weights whose scores are not finite where a prompt reaches these positions."""
     import torch

@@ -36,6 +36,7 @@ PROMPTS = (
     "What do you think about history?\nanswer : ",
     "She had never cared for books; but",
 )
+"""The source article's, and three chosen because two tokens nearly tie in bfloat16 within ``LONG`` tokens."""
 NEIGHBOURS = (
     "Yes.",
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
@@ -182,7 +183,7 @@ def _measure_policy(spec: str, dtype: str) -> Measured:
             before, after = alone[id(needle)], found[id(needle)]
             for step, (mine, theirs) in enumerate(zip(before, after, strict=True)):
                 rows += 1
-                if not torch.equal(mine, theirs):
+                if not torch.equal(mine.view(torch.int32), theirs.view(torch.int32)):  # bits: -0.0 is not 0.0
                     moved += 1
                     largest = max(largest, float((mine - theirs).abs().max()))
                 if mine.argmax() != theirs.argmax():
