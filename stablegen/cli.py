@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -453,8 +454,9 @@ def doctor(
             print(f"{name:>24}  {value}")
         now = client.self_check()
         for check in client.store.checks():
-            width = "" if check.width is None else f", width {check.width}"
-            print(f"{'kept' if check.passed else 'BROKEN'}: {check.numerics.summary()}{width}")
+            shape = "" if check.width is None else f", width {check.width}"
+            shape += "" if check.capacity is None else f", capacity {check.capacity}"
+            print(f"{'kept' if check.passed else 'BROKEN'}: {check.numerics.summary()}{shape}")
             for name, result in check.checks.items():
                 print(f"    {name}: {result}")
             if check.passed and check.width is not None and not check.slot_free:
@@ -477,6 +479,83 @@ def demo(as_json: AsJson = False) -> None:
         print(report.model_dump_json())
     else:
         render(report, _console())
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub name, local directory or tiny-gpt2; none: tiny-gpt2 on a CPU, as --random on a GPU."),
+    ] = None,
+    revision: Revision = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random", help="GPT-2 small's shape with random weights; nothing is downloaded.")
+    ] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; repeat it, or separate by commas.")
+    ] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; repeat it, or separate by commas.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of each prompt.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="New tokens of each call.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Measured runs of each arm; 5 if none.")] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="invariant, vendor, single, padded, eager, static, batch_invariant_ops; all if none, single and "
+            "static at batch 1 alone unless they are named."
+        ),
+    ] = None,
+    prefill: Annotated[str | None, typer.Option(help="PROMPTSxTOKENS of the prefill measured; 0: none.")] = None,
+    golden: Annotated[int | None, typer.Option(help="Prompts of the golden set measured; 0: none.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw the step times into this .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure here what each policy costs against transformers and against the memory's speed.
+
+    What is not given suits the device: on a GPU float32 and a 16-bit dtype, batches 1, 8, 32, 64, 256, prompts of 32
+    tokens and 128 new ones, a prefill of 16x512 and a golden set of 1000; on a CPU a small part of that.
+    """
+    from stablegen.lab.plot import check_plot, draw
+
+    sizes = []
+    for size in _listed(batch):
+        if not size.isdecimal():
+            raise typer.BadParameter(f"--batch {size!r} is not a whole number")
+        sizes.append(int(size))
+    if plot is not None:
+        check_plot(plot)
+    with contextlib.ExitStack() as stack:
+        write = None if out is None else stack.enter_context(_output(out))
+        from stablegen.lab.bench import Options, measure, render
+
+        options = Options(
+            model=model,
+            revision=revision,
+            random_weights=random_weights,
+            dtypes=_listed(dtype),
+            batches=sizes,
+            prompt=prompt,
+            tokens=tokens,
+            repeats=repeats,
+            arms=_listed(arms),
+            prefill=prefill,
+            golden=golden,
+            device=device,
+        )
+        with _progress("runs") as progress:
+            report = measure(options, progress)
+        if write is not None:
+            write(report.model_dump_json(indent=1))
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        render(report, _console())
+    if plot is not None:
+        draw(report, plot)
+    if report.cells and all(cell.problem is not None for cell in report.cells):
+        raise typer.Exit(1)
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
@@ -510,6 +589,10 @@ def _store(app_name: str | None, cache_dir: Path | None) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+def _listed(values: list[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from stablegen.errors import (
     StablegenError,
 )
 from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, judge
-from stablegen.numerics import Numerics, find_device, numerics_on
-from stablegen.policy import ExecutionPolicy, Invariant, load_policy
+from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
+from stablegen.policy import ExecutionPolicy, Invariant, Shape, load_policy
 from stablegen.record import Completion, Record, SelfCheck, Verdict
 from stablegen.request import GenerationParams, ModelIdentity, Request, check_fits, check_prompt
 from stablegen.store.base import FlaggedHit, Store
@@ -121,7 +121,14 @@ class Client:
 
         def plan() -> Numerics:
             device = find_device(loaded.device, loaded.dtype)
-            return numerics_on(device, chosen, loaded.dtype, attention=loaded.attention, alignment=loaded.alignment)
+            return numerics_on(
+                device,
+                chosen,
+                loaded.dtype,
+                attention=loaded.attention,
+                alignment=loaded.alignment,
+                static_cache=device.is_cuda and allows_static_cache(loaded.config),
+            )
 
         store = open_store(cache_dir, size_limit)
         try:
@@ -190,7 +197,12 @@ class Client:
             checkpoint = open_checkpoint(settings.model, settings.revision, memory)
             device = find_device(settings.device, settings.dtype)
 
-            numerics = numerics_on(device, load_policy(settings.policy), settings.dtype)
+            numerics = numerics_on(
+                device,
+                load_policy(settings.policy),
+                settings.dtype,
+                static_cache=allows_static_cache(checkpoint.config),
+            )
 
             def start(numerics: Numerics) -> Engine:
                 from stablegen.engine.loading import load_engine
@@ -251,7 +263,7 @@ class Client:
         self._start_engine = start
         self._identity = source.identity
         self._engine: Engine | None = None
-        self._checks: dict[tuple[str, int | None], SelfCheck] = {}
+        self._checks: dict[tuple[str, Shape], SelfCheck] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._asked = lru_cache(maxsize=65536)(self._ask)
@@ -353,7 +365,7 @@ class Client:
 
     def judge(self, record: Record) -> Verdict:
         """Return the guard's verdict on a record under this client's numerics."""
-        check = self._check(record.request.model, record.composition.width)
+        check = self._check(record.request.model, record.composition.shape)
         return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk)
 
     def warnings(self) -> list[FlaggedHit]:
@@ -363,12 +375,13 @@ class Client:
     def self_check(self) -> SelfCheck:
         """Load the engine and return what its policy keeps of its promise here, measured now.
 
-        Under ``padded:N`` every width is measured when it is first used; this measures the narrowest.
+        Every shape is measured when it is first used; this measures the smallest.
         """
         with self._lock:
             self._start()
+            assert self._engine is not None
             work = _Work()
-            check = self._measure(self.policy.width(1, self._source.context), work)
+            check = self._measure(self.policy.shape(1, 1, self._engine.limits), work)
             if work.failure is not None:
                 raise work.failure
             return check
@@ -463,13 +476,14 @@ class Client:
     def _compute(self, work: _Work, results: dict[str, Completion], progress: Progress | None) -> None:
         assert self._engine is not None
         total = len(results) + len(work.requests)
-        widths: dict[int | None, list[Request]] = {}
+        limits = self._engine.limits
+        shapes: dict[Shape, list[Request]] = {}
         for request in work.requests.values():
-            width = self.policy.width(len(request.prompt_ids), self._source.context)
-            widths.setdefault(width, []).append(request)
-        for width, requests in widths.items():
-            check = self._check(self._identity, width) or self._measure(width, work)
-            for batch in self.policy.plan(requests, replace(self._engine.limits, slot_free=check.slot_free)):
+            shape = self.policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
+            shapes.setdefault(shape, []).append(request)
+        for shape, requests in shapes.items():
+            check = self._check(self._identity, shape) or self._measure(shape, work)
+            for batch in self.policy.plan(requests, replace(limits, slot_free=check.slot_free)):
                 fresh: list[Record] = []
                 kept = time.monotonic()
                 try:
@@ -506,7 +520,7 @@ class Client:
             if old is None:
                 verdict, stands = self.judge(record), False
             else:
-                verdict = compare(old, record, check=self._check(self._identity, record.composition.width))
+                verdict = compare(old, record, check=self._check(self._identity, record.composition.shape))
                 self._note(old, verdict, work)
                 stands = self.on_risk == "verify" and not verdict.flagged
             results[record.key] = Completion(record, cached=stands, verdict=verdict)
@@ -529,26 +543,27 @@ class Client:
                 return True
         return False
 
-    def _check_name(self, model: ModelIdentity, width: int | None) -> str:
-        return ":".join((self.numerics.digest, *model.identity.values(), str(width)))
+    def _check_name(self, model: ModelIdentity, shape: Shape) -> str:
+        capacity = [] if shape.capacity is None else [str(shape.capacity)]
+        return ":".join((self.numerics.digest, *model.identity.values(), str(shape.width), *capacity))
 
-    def _check(self, model: ModelIdentity, width: int | None) -> SelfCheck | None:
+    def _check(self, model: ModelIdentity, shape: Shape) -> SelfCheck | None:
         """Return what is known of the policy's promise under the client's numerics with a model."""
-        check = self._checks.get((model.canonical, width))
+        check = self._checks.get((model.canonical, shape))
         if check is None:
-            check = self.store.get_check(self._check_name(model, width))
+            check = self.store.get_check(self._check_name(model, shape))
             if check is not None:
-                self._checks[model.canonical, width] = check
+                self._checks[model.canonical, shape] = check
         return check
 
-    def _measure(self, width: int | None, work: _Work) -> SelfCheck:
+    def _measure(self, shape: Shape, work: _Work) -> SelfCheck:
         from stablegen.engine.self_check import self_check
 
         assert self._engine is not None
-        check = self_check(self._engine, self._source.vocabulary, width)
+        check = self_check(self._engine, self._source.vocabulary, *shape)
         if self.policy.promises:
             try:
-                self.store.put_check(self._check_name(self._identity, width), check)
+                self.store.put_check(self._check_name(self._identity, shape), check)
             except CacheWriteError as error:
                 work.fail(error)
             if not check.passed:
@@ -558,7 +573,7 @@ class Client:
                     PromiseWarning,
                     stacklevel=2,
                 )
-        self._checks[self._identity.canonical, width] = check
+        self._checks[self._identity.canonical, shape] = check
         return check
 
     # -- flagged hits ------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@
     │   ├── CacheSchemaError         written by a newer stablegen
     │   ├── CorruptEntryError        an entry that fails its checks
     │   └── RecordNotFoundError (KeyError)  no record under that key
-    └── DivergenceRiskError          a flagged hit under ``on_risk="raise"``
+    ├── DivergenceRiskError          a flagged hit under ``on_risk="raise"``
+    └── MissingPackageError          an optional package that is not installed
 
 Warnings: ``MarginWarning`` (a flagged hit), ``CacheEntryWarning`` (an entry was ignored, and why),
 ``PromiseWarning`` (the self-check of a policy failed on this machine).
@@ -171,6 +172,10 @@ class DivergenceRiskError(StablegenError):
         super().__init__(problem, hint=hint)
         self.key = key
         self.verdict = verdict
+
+
+class MissingPackageError(StablegenError):
+    """An optional package that is needed for what was asked and is not installed."""
 
 
 class MarginWarning(UserWarning):

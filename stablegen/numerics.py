@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +20,18 @@ from typing import Any
 
 from stablegen.device import Device, resolve_device, usable_cpus
 from stablegen.frozen import Frozen
-from stablegen.policy import ExecutionPolicy, Invariant
+from stablegen.policy import ExecutionPolicy, Invariant, Padded, Single
 
 ENGINE_VERSION = 1
-"""Raised whenever the transformers engine would give other bits for the same request."""
+"""Raised whenever the transformers engine, its KV cache growing, would give other bits for the same request."""
+STATIC_ENGINE_VERSION = 1
+"""Raised whenever the transformers engine, its KV cache of fixed length, would give other bits."""
+STATIC_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "olmo2", "phi", "qwen2", "qwen3"})
+"""``model_type`` of the architectures whose decode step can be captured: tests run each of them."""
+_FIXED_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
+"""Rotary embeddings that do not look at how long the sequence has become."""
 _SDP = ("flash", "mem_efficient", "math", "cudnn")
-KERNEL_VERSIONS = {"triton": 1, "reference": 1}
+KERNEL_VERSIONS = {"triton": 2, "reference": 1}
 """Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
     "ATEN_CPU_CAPABILITY",
@@ -45,6 +52,8 @@ OVERRIDES = (
     "PTXAS_OPTIONS",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+    "TRANSFORMERS_SDPA_FORCE_GQA",
     "TRITON_DEFAULT_FP_FUSION",
     "TRITON_FORCE_DISABLE_FP_FUSION",
     "TRITON_KERNEL_OVERRIDE",
@@ -83,6 +92,11 @@ class Numerics(Frozen):
     attention_backends: str | None = None
     overrides: tuple[str, ...] = ()
 
+    @property
+    def static_cache(self) -> bool:
+        """Return whether the KV cache has a fixed length."""
+        return "-static/" in self.kernels
+
     @cached_property
     def digest(self) -> str:
         """Return SHA-256, in hexadecimal, of the fields that apply."""
@@ -107,17 +121,40 @@ def find_device(name: str, dtype: str) -> Device:
     return resolve_device(name, dtype, torch_has_cuda=torch_cuda_version() is not None, threads=cpu_threads())
 
 
+def allows_static_cache(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's decode step can run over a KV cache of fixed length, by its configuration alone."""
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := config.get(name), Mapping)]
+    windowed = config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}
+    return (
+        config.get("model_type") in STATIC_MODELS
+        and not windowed
+        and not config.get("add_cross_attention")
+        and all(rope.get("rope_type", rope.get("type")) in _FIXED_ROPE for rope in ropes)
+    )
+
+
 def numerics_on(
-    device: Device, policy: ExecutionPolicy, dtype: str, *, attention: str = "sdpa", alignment: str | None = None
+    device: Device,
+    policy: ExecutionPolicy,
+    dtype: str,
+    *,
+    attention: str = "sdpa",
+    alignment: str | None = None,
+    static_cache: bool = False,
 ) -> Numerics:
     """Return the numerics of a policy and dtype on a device, known without importing torch.
 
-    ``attention`` is the attention implementation of the transformers model; ``invariant`` has its own, and
-    copies its weights to aligned places.
+    ``attention`` is the attention implementation of the transformers model, ``static_cache`` whether the model
+    ``allows_static_cache``; ``invariant`` has its own, and copies its weights to aligned places.
     """
     own = isinstance(policy, Invariant)
-    kernel_set = "triton" if device.is_cuda else "reference"
-    kernels = f"{kernel_set}/{KERNEL_VERSIONS[kernel_set]}" if own else f"transformers-{attention}/{ENGINE_VERSION}"
+    if own:
+        kernel_set = "triton" if device.is_cuda else "reference"
+        kernels = f"{kernel_set}/{KERNEL_VERSIONS[kernel_set]}"
+    elif static_cache and device.is_cuda and attention == "sdpa" and isinstance(policy, Single | Padded):
+        kernels = f"transformers-sdpa-static/{STATIC_ENGINE_VERSION}"
+    else:
+        kernels = f"transformers-{attention}/{ENGINE_VERSION}"
     return Numerics(
         policy=policy.spec,
         dtype=dtype,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stablegen.errors import PolicyError
 
@@ -20,20 +20,31 @@ if TYPE_CHECKING:
 
 BUCKET = 64
 """Widths of padded batches are multiples of this many tokens."""
+CAPACITY_STEP = 256
+"""Capacities of KV caches of fixed length are multiples of this many tokens."""
 MAX_PADDED_ROWS = 4096
 ACCEPTED = f"'single', 'padded:N' with N from 1 to {MAX_PADDED_ROWS}, 'invariant', or 'native' (the control)"
 
 
+class Shape(NamedTuple):
+    """What a policy fixes for one request, whatever else is waiting; requests of one shape may share a batch.
+
+    ``width`` is the padded length of the prompt in tokens; None where prompts are not padded to a common width
+    (``single``, ``invariant``) or only to the longest of them (``native``). ``capacity`` is the length of the KV
+    cache in tokens; None where it grows with the answer.
+    """
+
+    width: int | None = None
+    capacity: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that run together: a request, or None for a filler row.
-
-    ``width`` is the padded length of the prompts in tokens; None where prompts are not padded to a common width
-    (``single``, ``invariant``) or only to the longest of them (``native``).
-    """
+    """Rows that run together: a request, or None for a filler row; ``width`` and ``capacity`` as in ``Shape``."""
 
     rows: tuple[Request | None, ...]
     width: int | None = None
+    capacity: int | None = None
 
     @property
     def requests(self) -> list[tuple[int, Request]]:
@@ -46,12 +57,23 @@ class Limits:
     """What planning must know of the engine: the context in tokens, and how many rows fit at once.
 
     ``slot_free`` is False where the self-check found that a row's slot moves its bits; then every request of a
-    padded batch stands in slot 0 of a batch of its own.
+    padded batch stands in slot 0 of a batch of its own. ``static_cache`` says that the engine's KV cache has a fixed
+    length, which is then part of every batch's shape.
     """
 
     context: int
     max_rows: int = 64
     slot_free: bool = True
+    static_cache: bool = False
+
+
+def capacity_for(tokens: int) -> int:
+    """Return the length of a KV cache that holds so many tokens: few lengths, and at most a quarter too long.
+
+    Up to 2048 tokens it is the next multiple of ``CAPACITY_STEP``; with each doubling beyond, the step doubles.
+    """
+    step = max(CAPACITY_STEP, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // step) * step
 
 
 class ExecutionPolicy(ABC):
@@ -75,6 +97,12 @@ class ExecutionPolicy(ABC):
         """Return the padded width in tokens of a prompt of ``length`` tokens; None where nothing is padded."""
         return None
 
+    def shape(self, length: int, new: int, limits: Limits) -> Shape:
+        """Return the shape in which a prompt of ``length`` tokens and at most ``new`` generated ones run."""
+        width = self.width(length, limits.context)
+        # padding takes places too, so a capacity may exceed the context; positions never do
+        return Shape(width, capacity_for((width or length) + new) if limits.static_cache else None)
+
     def __str__(self) -> str:
         return self.spec
 
@@ -90,7 +118,7 @@ class Single(ExecutionPolicy):
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
         """Return one batch a request."""
-        return [Batch((request,)) for request in requests]
+        return [Batch((request,), *_shape(self, request, limits)) for request in requests]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +145,16 @@ class Padded(ExecutionPolicy):
         return min((length // BUCKET + 1) * BUCKET, context)
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
-        """Return batches of one width each, short groups filled with filler rows."""
-        buckets: dict[int, list[Request]] = {}
+        """Return batches of one shape each, short groups filled with filler rows."""
+        buckets: dict[Shape, list[Request]] = {}
         for request in requests:
-            buckets.setdefault(self.width(len(request.prompt_ids), limits.context), []).append(request)
+            buckets.setdefault(_shape(self, request, limits), []).append(request)
         batches = []
         real = self.rows if limits.slot_free else 1
-        for width, members in sorted(buckets.items()):
+        for shape, members in sorted(buckets.items()):
             for start in range(0, len(members), real):
                 group = members[start : start + real]
-                batches.append(Batch((*group, *[None] * (self.rows - len(group))), width))
+                batches.append(Batch((*group, *[None] * (self.rows - len(group))), *shape))
         return batches
 
 
@@ -161,6 +189,10 @@ class Native(ExecutionPolicy):
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
         """Return everything as one batch."""
         return [Batch(tuple(requests))] if requests else []
+
+
+def _shape(policy: ExecutionPolicy, request: Request, limits: Limits) -> Shape:
+    return policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
 
 
 def load_policy(spec: str | ExecutionPolicy) -> ExecutionPolicy:

@@ -30,6 +30,7 @@ from pydantic import Field
 from stablegen.errors import CacheSchemaError, CorruptEntryError
 from stablegen.frozen import Frozen
 from stablegen.numerics import Numerics
+from stablegen.policy import Shape
 from stablegen.request import SCHEMA, GenerationParams, ModelIdentity, Request, words
 
 _Model = TypeVar("_Model", bound=Frozen)
@@ -161,13 +162,20 @@ def _unpack(code: str, data: bytes) -> tuple[Any, ...]:
 class Composition(NamedTuple):
     """How the batch of a run was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``.
 
-    ``width`` is the padded prompt length in tokens; None where prompts were not padded.
+    ``width`` is the padded prompt length in tokens; None where prompts were not padded. ``capacity`` is the length of
+    the KV cache in tokens; None where it was not fixed.
     """
 
     rows: int
     requests: int
     slot: int
     width: int | None = None
+    capacity: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Return the shape in which the batch ran."""
+        return Shape(self.width, self.capacity)
 
 
 class Record(NamedTuple):
@@ -291,12 +299,13 @@ class Completion:
 class SelfCheck(Frozen):
     """Whether a policy keeps its promise under one numerics with one model; ``checks`` says what was compared.
 
-    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width``: the padded width
-    in tokens at which ``padded:N`` was measured.
+    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width`` and ``capacity``:
+    the shape that was measured, as in ``Shape``.
     """
 
     numerics: Numerics
     width: int | None = None
+    capacity: int | None = None
     passed: bool
     slot_free: bool = False
     checks: dict[str, str] = Field(default_factory=dict)

@@ -26,8 +26,9 @@ from stablegen.checkpoint import context_of
 from stablegen.client import Client
 from stablegen.engine.base import Engine
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.engine.kv_cache import KVCache
 from stablegen.engine.loading import wrap_model
-from stablegen.kernels.base import Activation, Linear
+from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
 from stablegen.kernels.reference import ReferenceKernels, best_two
 from stablegen.numerics import find_device, numerics_on
 from stablegen.policy import Batch, load_policy
@@ -139,24 +140,46 @@ def alone(engine: Engine, request: Request) -> Answer:
 
 
 class Packed:
-    """A KV cache that is filled by hand: any pieces of any slots in one forward pass."""
+    """A KV cache that is filled by hand: any pieces of any slots in one forward pass; its pages lie in no order."""
 
     def __init__(self, model: GPT2, slots: int = 1, capacity: int = 256, stale: float = 0.0) -> None:
         self.model = model
-        self.cache = model.new_cache(slots, capacity)
+        each = -(-capacity // PAGE)
+        self.cache = KVCache(
+            len(model.layers),
+            model.heads,
+            model.size,
+            pages=slots * each,
+            slots=slots,
+            context=capacity,
+            dtype=model.dtype,
+            device=model.device,
+            paired=model.kernels.paired and model.dtype == torch.float32,
+        )
         self.cache.keys.fill_(stale)
         self.cache.values.fill_(stale)
+        self.cache.log = self.cache.log.new_empty(1, 4096, LOG_WIDTH)  # every token's scores are asked for here
+        self.cache.table[:slots] = torch.arange(slots * each, 0, -1).view(slots, each)
         self.lengths = [0] * slots
 
     def feed(self, *pieces: tuple[int, Sequence[int]]) -> list[torch.Tensor]:
         """Append tokens to slots, in the order given; return each piece's scores [length, V]."""
-        packed = []
+        tile = self.model.kernels.tile
+        tokens, slots, positions, first, counts = [], [], [], [], []
         for slot, ids in pieces:
-            packed += [(token, slot, self.lengths[slot] + i) for i, token in enumerate(ids)]
+            for at in range(0, len(ids), tile):
+                first.append(len(tokens) + at)
+                counts.append(min(tile, len(ids) - at))
+            tokens += ids
+            slots += [slot] * len(ids)
+            positions += range(self.lengths[slot], self.lengths[slot] + len(ids))
             self.lengths[slot] += len(ids)
-        tokens, slots, positions = torch.tensor(packed, device=self.model.device).t().contiguous()
+        parts = (tokens, slots, positions, first, counts, list(range(len(tokens))), [0] * len(tokens))
+        spans = tuple((at, 1, place) for at, place in enumerate(positions))
+        tensors = (torch.tensor(part, dtype=torch.int32, device=self.model.device) for part in parts)
+        scores = torch.empty(len(tokens), self.model.vocabulary, device=self.model.device)
         with torch.inference_mode():
-            scores = self.model.scores(self.model.forward(tokens, slots, positions, self.cache))
+            self.model.forward(Rows(*tensors, tile=tile, spans=spans), self.cache, scores)
         return list(scores.split([len(ids) for _, ids in pieces]))
 
     def feed_cut(self, ids: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
@@ -416,44 +439,25 @@ class SplitByBatch(ReferenceKernels):
 
     rows = 8
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        layer: Linear,
-        *,
-        activation: Activation = "none",
-        residual: torch.Tensor | None = None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        if len(x) < self.rows or activation != "none":
-            return super().linear(x, layer, activation=activation, residual=residual, out_dtype=out_dtype)
-        return self._split(x, layer, residual, out_dtype)
+    def linear(self, x: torch.Tensor, layer: Linear, *, gelu: bool = False) -> torch.Tensor:
+        if len(x) < self.rows or gelu:
+            return super().linear(x, layer, gelu=gelu)
+        return self._split(x, layer)
 
-    def _split(
-        self, x: torch.Tensor, layer: Linear, residual: torch.Tensor | None, out_dtype: torch.dtype
-    ) -> torch.Tensor:
-        half = x.shape[1] // 2
-        first = super().linear(x[:, :half], Linear(layer.weight[:half], layer.bias), out_dtype=torch.float32)
-        second = super().linear(x[:, half:], Linear(layer.weight[half:], None), out_dtype=torch.float32)
-        total = first + second
-        return (total if residual is None else total + residual).to(out_dtype)
+    def _split(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        half = layer.k // 2
+        first = Linear(layer.weight[:half], layer.bias, half, layer.n)
+        second = Linear(layer.weight[half:], None, layer.k - half, layer.n)
+        return super().linear(x[:, :half], first) + super().linear(x[:, half:], second)
 
 
 class SplitBySlot(SplitByBatch):
     """Sums in two halves in the rows behind the first eight, as a library does at the end of its tile."""
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        layer: Linear,
-        *,
-        activation: Activation = "none",
-        residual: torch.Tensor | None = None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        out = ReferenceKernels.linear(self, x, layer, activation=activation, residual=residual, out_dtype=out_dtype)
-        if len(x) > 8 and activation == "none":
-            out[8:] = self._split(x[8:], layer, None if residual is None else residual[8:], out_dtype)
+    def linear(self, x: torch.Tensor, layer: Linear, *, gelu: bool = False) -> torch.Tensor:
+        out = ReferenceKernels.linear(self, x, layer, gelu=gelu)
+        if len(x) > 8 and not gelu:
+            out[8:] = self._split(x[8:], layer)
         return out
 
 
@@ -463,34 +467,46 @@ class SplitByLargeBatch(SplitByBatch):
     rows = 300
 
 
-class AttentionByTokens(ReferenceKernels):
-    """Scales in another order where there are 24 tokens or more, as another attention kernel would."""
+class ScaledOtherwise(ReferenceKernels):
+    """Scales the queries, not their products, where ``applies`` says so: another order of rounding."""
 
-    def attention(self, query: torch.Tensor, *operands: torch.Tensor, scale: float, **more: Any) -> torch.Tensor:
-        if len(query) < 24:
-            return super().attention(query, *operands, scale=scale, **more)
-        return super().attention((query.float() * 3).to(query.dtype), *operands, scale=scale / 3, **more)
-
-
-class AttentionByCapacity(ReferenceKernels):
-    """Scales in another order where the KV cache is long, as a split of its length would."""
-
-    def attention(self, query: torch.Tensor, keys: torch.Tensor, *rest: Any, scale: float, **more: Any) -> torch.Tensor:
-        if keys.shape[2] <= 192:
-            return super().attention(query, keys, *rest, scale=scale, **more)
-        return super().attention((query.float() * 3).to(query.dtype), keys, *rest, scale=scale / 3, **more)
-
-
-class LoneDecode(ReferenceKernels):
-    """Scales in another order where one token is decoded behind the first block of keys."""
+    def applies(self, query: torch.Tensor, cache: Cache, rows: Rows, placed: Placed) -> bool:
+        raise NotImplementedError
 
     def attention(
-        self, query: torch.Tensor, *rest: Any, positions: torch.Tensor, scale: float, **more: Any
+        self,
+        query: torch.Tensor,
+        layer: Linear,
+        cache: Cache,
+        index: int,
+        rows: Rows,
+        placed: Placed,
+        scale: float,
     ) -> torch.Tensor:
-        if len(query) > 1 or int(positions[0]) < 64:
-            return super().attention(query, *rest, positions=positions, scale=scale, **more)
-        scaled = (query.float() * 3).to(query.dtype)
-        return super().attention(scaled, *rest, positions=positions, scale=scale / 3, **more)
+        if self.applies(query, cache, rows, placed):
+            query, scale = (query.float() * 3).to(query.dtype), scale / 3
+        return super().attention(query, layer, cache, index, rows, placed, scale)
+
+
+class AttentionByTokens(ScaledOtherwise):
+    """Differs where there are 24 tokens or more, as another attention kernel would."""
+
+    def applies(self, query: torch.Tensor, cache: Cache, rows: Rows, placed: Placed) -> bool:
+        return len(query) >= 24
+
+
+class AttentionByPages(ScaledOtherwise):
+    """Differs where the keys lie far behind in the cache."""
+
+    def applies(self, query: torch.Tensor, cache: Cache, rows: Rows, placed: Placed) -> bool:
+        return int(cache.table[rows.slots.long(), 0].max()) > 6
+
+
+class LoneDecode(ScaledOtherwise):
+    """Differs where one token is decoded behind the first block of keys."""
+
+    def applies(self, query: torch.Tensor, cache: Cache, rows: Rows, placed: Placed) -> bool:
+        return len(query) == 1 and int(placed.positions[0]) >= 64
 
 
 if __name__ == "__main__":

@@ -475,7 +475,7 @@ def test_a_record_is_judged_by_the_check_of_its_own_model(tmp_path: Path, tokeni
     with Client(small_gpt2(), tokenizer, cache_dir=tmp_path) as other:
         made = other.complete("Hello", max_new_tokens=NEW)
         broken = SelfCheck(numerics=other.numerics, passed=False)
-        other.store.put_check(other._check_name(made.record.request.model, None), broken)
+        other.store.put_check(other._check_name(made.record.request.model, made.record.composition.shape), broken)
     with Client(small_gpt2(n_layer=1), tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
         assert asking.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
         assert asking.numerics == made.record.numerics

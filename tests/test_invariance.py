@@ -16,7 +16,7 @@ from invariance import (
     DTYPES,
     SIZES,
     TINY,
-    AttentionByCapacity,
+    AttentionByPages,
     AttentionByTokens,
     Clients,
     Comparison,
@@ -337,7 +337,7 @@ def test_the_triton_kernels_make_an_engine(dtype: str) -> None:
 
 
 BROKEN = [SplitByBatch, SplitBySlot, AttentionByTokens]
-BROKEN_AT_SIZE = [SplitByLargeBatch, AttentionByCapacity, LoneDecode]
+BROKEN_AT_SIZE = [SplitByLargeBatch, AttentionByPages, LoneDecode]
 
 
 def broken_model(kernels: KernelSet, dtype: str) -> GPT2:

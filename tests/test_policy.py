@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 from support import request
 
 from stablegen.errors import PolicyError
-from stablegen.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Limits, Native, Padded, Single, load_policy
+from stablegen.policy import (
+    BUCKET,
+    CAPACITY_STEP,
+    Batch,
+    ExecutionPolicy,
+    Invariant,
+    Limits,
+    Native,
+    Padded,
+    Shape,
+    Single,
+    capacity_for,
+    load_policy,
+)
 from stablegen.request import Request
 
 CONTEXT = 1024
@@ -18,7 +31,7 @@ policies = st.one_of(st.just(Single()), st.just(Invariant()), st.just(Native()),
 waiting = st.lists(st.integers(1, CONTEXT - 1), max_size=40).map(
     lambda lengths: [request((index,) * length) for index, length in enumerate(lengths)]
 )
-limits = st.builds(Limits, st.just(CONTEXT), st.integers(1, 20), st.booleans())
+limits = st.builds(Limits, st.just(CONTEXT), st.integers(1, 20), st.booleans(), st.booleans())
 
 
 @given(policies, waiting, limits)
@@ -61,16 +74,43 @@ def test_padded_shapes_are_fixed(rows: int, asked: list[Request], limits: Limits
     assert fillers == len(batches) * rows - len(asked)
 
 
-@given(st.integers(1, 9), st.integers(1, CONTEXT - 1), waiting, st.data())
-def test_a_padded_width_is_a_function_of_the_request_alone(
-    rows: int, length: int, others: list[Request], data: st.DataObject
+@given(
+    st.one_of(st.just(Single()), st.builds(Padded, st.integers(1, 9))),
+    st.integers(1, CONTEXT - 1),
+    st.integers(1, CONTEXT),
+    waiting,
+    st.booleans(),
+    st.data(),
+)
+def test_a_shape_is_a_function_of_the_request_alone(
+    policy: ExecutionPolicy, length: int, new: int, others: list[Request], static: bool, data: st.DataObject
 ) -> None:
-    one = request((7,) * length, prompt="the one")
-    alone = Padded(rows).plan([one], Limits(CONTEXT))[0]
+    one, limits = request((7,) * length, new=new, prompt="the one"), Limits(CONTEXT, static_cache=static)
+    (alone,) = policy.plan([one], limits)
     place = data.draw(st.integers(0, len(others)))
-    batches = Padded(rows).plan([*others[:place], one, *others[place:]], Limits(CONTEXT))
+    batches = policy.plan([*others[:place], one, *others[place:]], limits)
     beside = next(batch for batch in batches if any(row is one for row in batch.rows))
-    assert (len(beside.rows), beside.width) == (len(alone.rows), alone.width)
+    assert len(beside.rows) == len(alone.rows)
+    assert Shape(beside.width, beside.capacity) == Shape(alone.width, alone.capacity)
+    assert policy.shape(length, new, limits) == Shape(alone.width, alone.capacity)
+    assert (alone.capacity is not None) == static
+    if alone.capacity is not None:
+        assert alone.capacity >= (alone.width or length) + new
+
+
+@given(st.integers(1, 200_000))
+def test_a_capacity_is_at_most_a_quarter_too_long(tokens: int) -> None:
+    capacity = capacity_for(tokens)
+    assert tokens <= capacity < tokens + max(CAPACITY_STEP, tokens // 4 + 1)
+    assert capacity % CAPACITY_STEP == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capacity"),
+    [(1, 256), (256, 256), (257, 512), (1024, 1024), (1025, 1280), (2048, 2048), (2049, 2560), (5000, 5120)],
+)
+def test_capacities(tokens: int, capacity: int) -> None:
+    assert capacity_for(tokens) == capacity
 
 
 @given(st.integers(1, 5000), st.integers(2, 5000))

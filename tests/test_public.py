@@ -40,6 +40,7 @@ NAMES = sorted(
         "InvalidRequestError",
         "Invariant",
         "MarginWarning",
+        "MissingPackageError",
         "ModelError",
         "ModelIdentity",
         "Native",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -56,6 +57,65 @@ class _Row:
         return Trace.of(self.tokens, self.runner_ups, self.scores, self.runner_up_scores, unsigned)
 
 
+class Answers:
+    """The answers of a batch as they grow; ``live`` are the slots that still do."""
+
+    def __init__(self, batch: Batch, capacity: int | None = None) -> None:
+        self._batch = batch
+        self._capacity = capacity
+        self._rows = {slot: _Row(request) for slot, request in batch.requests}
+        self._failed: list[tuple[Request, int]] = []
+        self._started = time.perf_counter()
+        self.live = list(self._rows)
+
+    def newest(self) -> list[int]:
+        """Return the newest token of each live slot."""
+        return [self._rows[slot].tokens[-1] for slot in self.live]
+
+    def add(self, slots: Sequence[int], best: BestTwo) -> Iterator[Generated]:
+        """Take one step, ``best`` [M] of the M ``slots``; yield what it ends. Slots that are not live are ignored."""
+        columns = (best.tokens, best.scores, best.hashes, best.finite)
+        steps = zip(slots, *(column.tolist() for column in columns), strict=True)
+        live = set(self.live)
+        for slot, (token, runner_up), (score, runner_up_score), hash_value, finite in steps:
+            if slot not in live:
+                continue
+            row = self._rows[slot]
+            if not finite:
+                self._failed.append((row.request, len(row.tokens)))
+                self.live.remove(slot)
+                continue
+            row.tokens.append(token)
+            row.runner_ups.append(runner_up)
+            row.scores.append(score)
+            row.runner_up_scores.append(runner_up_score)
+            row.hashes.append(hash_value)
+            reason = row.finish_reason()
+            if reason is None:
+                continue
+            self.live.remove(slot)
+            batch = self._batch
+            yield Generated(
+                row.request,
+                row.trace(),
+                reason,
+                Composition(len(batch.rows), len(self._rows), slot, batch.width, self._capacity),
+                time.perf_counter() - self._started,
+            )
+
+    def check(self) -> None:
+        """Raise ``NonFiniteScoresError`` where a row had to be given up."""
+        if not self._failed:
+            return
+        request, step = self._failed[0]
+        shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
+        raise NonFiniteScoresError(
+            f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
+            + (f" (and of {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""),
+            hint="Nothing of it was cached. Try dtype='float32', and check the weights",
+        )
+
+
 def decode(
     prepare: Callable[[], Forward],
     batch: Batch,
@@ -67,57 +127,23 @@ def decode(
 
     ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass.
     """
-    started = time.perf_counter()
-    rows = {slot: _Row(request) for slot, request in batch.requests}
-    live = list(rows)
-    failed: list[tuple[Request, int]] = []
-    forward = _run(prepare, batch, device)
-    scores = _run(lambda: forward.prefill(live), batch, device)
-    while live:
+    answers = Answers(batch)
+    forward = run_on(device, batch, prepare)
+    scores = run_on(device, batch, lambda: forward.prefill(answers.live))
+    while True:
         if observe is not None:
-            for slot, row_scores in zip(live, scores, strict=True):
+            for slot, row_scores in zip(answers.live, scores, strict=True):
                 observe(slot, row_scores)
-        best = _run(lambda scores=scores: best_two(scores), batch, device)  # type: ignore[misc]
-        pairs, values = best.tokens.tolist(), best.scores.tolist()
-        going = []
-        for index, (slot, hash_value, finite) in enumerate(
-            zip(live, best.hashes.tolist(), best.finite.tolist(), strict=True)
-        ):
-            row = rows[slot]
-            if not finite:
-                failed.append((row.request, len(row.tokens)))
-                continue
-            row.tokens.append(pairs[index][0])
-            row.runner_ups.append(pairs[index][1])
-            row.scores.append(values[index][0])
-            row.runner_up_scores.append(values[index][1])
-            row.hashes.append(hash_value)
-            reason = row.finish_reason()
-            if reason is None:
-                going.append(slot)
-                continue
-            yield Generated(
-                row.request,
-                row.trace(),
-                reason,
-                Composition(len(batch.rows), len(rows), slot, batch.width),
-                time.perf_counter() - started,
-            )
-        live = going
-        if live:
-            newest = [rows[slot].tokens[-1] for slot in live]
-            scores = _run(lambda newest=newest, live=live: forward.step(newest, live), batch, device)  # type: ignore[misc]
-    if failed:
-        request, step = failed[0]
-        shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
-        raise NonFiniteScoresError(
-            f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
-            + (f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""),
-            hint="Nothing of it was cached. Try dtype='float32', and check the weights",
-        )
+        best = run_on(device, batch, partial(best_two, scores))
+        yield from answers.add(list(answers.live), best)
+        if not answers.live:
+            break
+        scores = run_on(device, batch, lambda: forward.step(answers.newest(), answers.live))
+    answers.check()
 
 
-def _run(action: Callable[[], _T], batch: Batch, device: torch.device) -> _T:
+def run_on(device: torch.device, batch: Batch, action: Callable[[], _T]) -> _T:
+    """Run a part of a batch's work; raise ``DeviceMemoryError`` where it does not fit."""
     try:
         # a caller's autocast would compute in another dtype than the numerics say
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):

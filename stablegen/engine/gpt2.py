@@ -3,42 +3,58 @@
 Tokens of all requests are packed into one list; each carries its slot and absolute position, so prefill, a chunk of
 one, and decode are the same call. Nothing is padded, and no operation sees more of the batch than its own row, its
 own slot's keys and values, and their positions. The residual stream and the scores stay in float32.
+
+The device decides nothing and the host waits for nothing: each pass feeds its winners to the next by itself and logs
+them, the host reads the log some passes later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
-from stablegen.engine.decode import check_flags, cpu_threads, decode
-from stablegen.engine.kv_cache import KVCache
+from stablegen.engine.cuda_graph import Steps
+from stablegen.engine.decode import check_flags, cpu_threads
+from stablegen.engine.kv_cache import TICKS, KVCache, copy_in
+from stablegen.engine.scheduler import Piece, Row, Scheduler
 from stablegen.engine.weights import check_finite
-from stablegen.errors import CheckpointError
-from stablegen.kernels.base import KernelSet, Linear
+from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError, NonFiniteScoresError
+from stablegen.kernels.base import PAGE, KernelSet, Linear, Norm, Rows
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
+from stablegen.record import Composition, FinishReason, Trace
 
-CHUNK = 2048
-"""Tokens of one forward pass at most; longer prefills are cut, which moves no bit."""
+CHUNK = {"cuda": 4096, "cpu": 2048}
+"""Tokens of one pass at most, by device: longer prefills are cut, which moves no bit."""
+MAX_ROWS = {"cuda": 256, "cpu": 16}
+"""Requests that run at once at most, by device."""
+READ_EVERY = 8
+"""Passes between two looks at the log."""
+UNREAD = 3
+"""Looks that may be under way before the host waits for the first of them."""
+DEFAULT_KV_CACHE = {"cuda": 2 * 2**30, "cpu": 2**30}
+"""Bytes of keys and values at most, by device, where no setting says otherwise."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    weight: torch.Tensor
-    bias: torch.Tensor
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    norm_1: _Norm
+    norm_1: Norm
     qkv: Linear
     projection: Linear
-    norm_2: _Norm
+    norm_2: Norm
     up: Linear
     down: Linear
     scale: float
@@ -65,10 +81,11 @@ class GPT2:
         if rest:
             raise CheckpointError(f"config.json asks for {self.heads} heads in a width of {config['n_embd']}")
         self.context = int(config["n_positions"])
-        self.eps = float(config.get("layer_norm_epsilon", 1e-5))
+        eps = float(config.get("layer_norm_epsilon", 1e-5))
         prefix = "transformer." if "transformer.wte.weight" in tensors else ""
 
         width, vocabulary = int(config["n_embd"]), int(config["vocab_size"])
+        self.vocabulary = vocabulary
         inner = int(config.get("n_inner") or 4 * width)
 
         def tensor(name: str, *shape: int) -> torch.Tensor:
@@ -84,8 +101,8 @@ class GPT2:
             check_finite([(name, found)])
             return found
 
-        def norm(name: str) -> _Norm:
-            return _Norm(tensor(f"{prefix}{name}.weight", width), tensor(f"{prefix}{name}.bias", width))
+        def norm(name: str) -> Norm:
+            return Norm(tensor(f"{prefix}{name}.weight", width), tensor(f"{prefix}{name}.bias", width), eps)
 
         def linear(name: str, k: int, n: int) -> Linear:
             return kernels.prepare(tensor(f"{prefix}{name}.weight", k, n), tensor(f"{prefix}{name}.bias", n))
@@ -105,108 +122,366 @@ class GPT2:
             for i in range(int(config["n_layer"]))
         ]
         self.final_norm = norm("ln_f")
-        self.token_embedding = tensor(f"{prefix}wte.weight", vocabulary, width)
+        embedding = tensor(f"{prefix}wte.weight", vocabulary, width)
+        self.token_embedding = kernels.prepare(embedding.t(), None)
         self.position_embedding = tensor(f"{prefix}wpe.weight", self.context, width)
         untied = not config.get("tie_word_embeddings", True) and "lm_head.weight" in tensors
-        head = tensor("lm_head.weight", vocabulary, width) if untied else self.token_embedding
-        self.head = kernels.prepare(head.t(), None)
+        self.head = self.token_embedding
+        if untied:
+            self.head = kernels.prepare(tensor("lm_head.weight", vocabulary, width).t(), None)
 
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Return an empty KV cache."""
-        return KVCache(len(self.layers), slots, self.heads, capacity, self.size, dtype=self.dtype, device=self.device)
+    def kv_cache_bytes_per_page(self) -> int:
+        """Return the bytes that one page of keys and values takes over all layers."""
+        return 2 * len(self.layers) * self.heads * PAGE * self.size * self.dtype.itemsize
 
-    def forward(
-        self,
-        tokens: torch.Tensor,  # [T] int64
-        slots: torch.Tensor,  # [T] int64
-        positions: torch.Tensor,  # [T] int64
-        cache: KVCache,
-    ) -> torch.Tensor:
-        """Return the residual stream [T, E] float32 behind the last layer; keys and values go into the cache."""
-        kernels, low = self.kernels, self.dtype
-        x = self.token_embedding[tokens].float() + self.position_embedding[positions].float()  # [T, E]
-        for index, layer in enumerate(self.layers):
-            normed = kernels.layer_norm(x, layer.norm_1.weight, layer.norm_1.bias, eps=self.eps, out_dtype=low)
-            qkv = kernels.linear(normed, layer.qkv, out_dtype=low)  # [T, 3 E]
-            query, key, value = qkv.view(len(tokens), 3, self.heads, self.size).unbind(1)  # [T, H, D] each
-            cache.write(index, slots, positions, key, value)
-            attended = kernels.attention(
-                query,
-                cache.keys[index],
-                cache.values[index],
-                slots=slots,
-                positions=positions,
-                scale=layer.scale,
-            )
-            x = kernels.linear(attended.flatten(1), layer.projection, residual=x, out_dtype=torch.float32)
-            normed = kernels.layer_norm(x, layer.norm_2.weight, layer.norm_2.bias, eps=self.eps, out_dtype=low)
-            hidden = kernels.linear(normed, layer.up, activation="gelu_new", out_dtype=low)
-            x = kernels.linear(hidden, layer.down, residual=x, out_dtype=torch.float32)
-        return x
+    def new_cache(self, slots: int, pages: int) -> KVCache:
+        """Return an empty KV cache of so many pages, for so many requests at once."""
+        return KVCache(
+            len(self.layers),
+            self.heads,
+            self.size,
+            pages=pages,
+            slots=slots,
+            context=self.context,
+            dtype=self.dtype,
+            device=self.device,
+            paired=self.kernels.paired and self.dtype == torch.float32,
+        )
 
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the scores [R, V] float32 of R rows of the residual stream."""
-        weight, bias = self.final_norm.weight, self.final_norm.bias
-        normed = self.kernels.layer_norm(x, weight, bias, eps=self.eps, out_dtype=self.dtype)
-        return self.kernels.linear(normed, self.head, out_dtype=torch.float32)
+    def forward(self, rows: Rows, cache: KVCache, scores: torch.Tensor | None = None) -> None:
+        """Run packed tokens; choose, log and remember the tokens that follow those of ``rows.last``.
+
+        ``scores`` [R, V] float32 receives the full score rows where it is given.
+        """
+        kernels, layers = self.kernels, self.layers
+        x, normed, placed = kernels.embed(rows, cache, self.token_embedding, self.position_embedding, layers[0].norm_1)
+        for index, layer in enumerate(layers):
+            final = index + 1 == len(layers)
+            query = kernels.qkv(normed, layer.qkv, cache, index, rows, placed)
+            if final and not len(rows.last):
+                return  # a chunk in the middle of prompts: nothing is wanted of it but its keys and values
+            attended = kernels.attention(query, layer.qkv, cache, index, rows, placed, layer.scale)
+            x, normed = kernels.add_norm(x, kernels.partial(attended, layer.projection), layer.projection, layer.norm_2)
+            hidden = kernels.gelu(normed, layer.up)
+            after = self.final_norm if final else layers[index + 1].norm_1
+            select = rows.last if final else None
+            x, normed = kernels.add_norm(x, kernels.partial(hidden, layer.down, layer.up), layer.down, after, select)
+        kernels.choose(normed, self.head, rows, placed, cache, scores)
 
 
 class GPT2Engine:
-    """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's."""
+    """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's.
 
-    def __init__(self, model: GPT2, numerics: Numerics, *, max_rows: int | None = None, chunk: int = CHUNK) -> None:
+    ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_bytes``: the bound
+    on keys and values. ``graphs``: whether one-token passes are recorded. None of them moves a bit.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        numerics: Numerics,
+        *,
+        max_rows: int | None = None,
+        chunk: int | None = None,
+        kv_cache_bytes: int | None = None,
+        graphs: bool = True,
+    ) -> None:
+        kind = model.device.type
         self.model = model
         self.numerics = numerics
-        rows = (64 if model.device.type == "cuda" else 16) if max_rows is None else max_rows
-        self.limits = Limits(context=model.context, max_rows=rows)
-        self.chunk = chunk
+        self.max_rows = max_rows or MAX_ROWS[kind]
+        self.limits = Limits(context=model.context)
+        self.chunk = chunk or CHUNK[kind]
+        self.kv_cache_bytes = kv_cache_bytes or DEFAULT_KV_CACHE[kind]
+        self.graphs = graphs
+        self._lock = threading.RLock()
+        self._running = False
+        self._tick = 0
+        self._memory: tuple[KVCache, Steps] | None = None
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of the weights and of the KV cache."""
+        held = {
+            tensor.data_ptr(): tensor.numel() * tensor.element_size()
+            for part in (self.model.layers, [self.model])
+            for owner in part
+            for tensor in _tensors(owner)
+        }
+        cache, _ = self._reserve()
+        return {"weights": sum(held.values()), "kv_cache": cache.bytes}
 
     def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
         """Yield each request of the batch as it finishes.
 
-        Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
+        Where the device's memory does not suffice, fewer rows run at once and shorter chunks; no answer changes by that.
+        Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``,
+        ``DeviceMemoryError`` where not even one row fits.
         """
         check_flags(self.numerics)
-        model = self.model
-        return decode(lambda: _Packed(self, batch), batch, model.device, model.kernels.best_two, observe)
+        with self._lock:
+            if self._running:
+                raise EngineError(
+                    "this engine is in the middle of another batch", hint="Finish or close the first iterator"
+                )
+            self._running = True
+            try:
+                yield from self._generate(batch, observe)
+            finally:
+                self._running = False
+
+    def _generate(self, batch: Batch, observe: Observer | None) -> Iterator[Generated]:
+        requests = dict(batch.requests)
+        started = time.perf_counter()
+        failed: list[Row] = []
+        while requests:
+            lacking: torch.OutOfMemoryError | None = None
+            cache, steps = self._reserve()
+            for request in requests.values():
+                positions = len(request.prompt_ids) + request.params.max_new_tokens
+                if not cache.fits(positions):
+                    raise DeviceMemoryError(
+                        f"{positions} positions do not fit into a KV cache of {cache.bytes / 2**20:.0f} MiB",
+                        hint="Raise kv_cache_gib, ask for fewer new tokens, or use a 16-bit dtype",
+                    )
+            run = _Run(self, Scheduler(requests.items(), cache, chunk=self.chunk), cache, steps, observe)
+            try:
+                for row in run:
+                    del requests[row.slot]
+                    if row.failed:
+                        failed.append(row)
+                        continue
+                    yield Generated(
+                        row.request,
+                        _trace(row.steps),
+                        row.finish_reason,
+                        Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
+                        time.perf_counter() - started,
+                    )
+            except torch.OutOfMemoryError as error:
+                if observe is not None:
+                    raise DeviceMemoryError(
+                        f"a batch of {len(batch.rows)} rows did not fit into the device's memory",
+                        hint="Use fewer rows or shorter prompts",
+                    ) from error
+                lacking = error.with_traceback(None)  # its frames hold memory
+            finally:
+                run.close()
+            if lacking is not None:
+                del run, cache, steps
+                self._shrink(lacking)
+        if failed:
+            request, step = failed[0].request, len(failed[0].steps) - 1
+            shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
+            raise NonFiniteScoresError(
+                f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
+                + (f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""),
+                hint="Nothing of it was cached. Try dtype='float32', and check the weights",
+            )
+
+    def _reserve(self) -> tuple[KVCache, Steps]:
+        """Return the KV cache and the one-token passes over it; halve the rows until they fit."""
+        while self._memory is None:
+            model = self.model
+            per_slot = -(-model.context // PAGE)
+            pages = min(self.kv_cache_bytes // model.kv_cache_bytes_per_page(), self.max_rows * per_slot)
+            if pages < 1:
+                raise DeviceMemoryError(
+                    f"kv_cache_gib={self.kv_cache_bytes / 2**30:.4g} holds not one page of {PAGE} positions",
+                    accepted=f"at least {model.kv_cache_bytes_per_page() / 2**30:.4g}",
+                )
+            try:
+                cache = model.new_cache(self.max_rows, pages)
+                self._memory = cache, Steps(
+                    lambda rows, scores, cache=cache: model.forward(rows, cache, scores),  # type: ignore[misc]
+                    model.device,
+                    rows=self.max_rows,
+                    spare=cache.spare,
+                    graphs=self.graphs,
+                )
+            except torch.OutOfMemoryError as error:
+                self._shrink(error)
+        return self._memory
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Halve what runs at once; which rows run together moves no bit, so no answer changes."""
+        if self.max_rows == 1 and self.chunk <= PAGE:
+            raise DeviceMemoryError(
+                "not even one row fits into the device's memory",
+                hint="Free memory on the device, lower kv_cache_gib, or use a 16-bit dtype or a smaller model",
+            ) from error
+        self.max_rows = max(1, self.max_rows // 2)
+        self.chunk = max(PAGE, self.chunk // 2)
+        self.kv_cache_bytes = max(self.kv_cache_bytes // 2, self.model.kv_cache_bytes_per_page())
+        _log.warning("out of memory: going on with %d rows at once, %d tokens a pass", self.max_rows, self.chunk)
+        self._memory = None
+        torch.cuda.empty_cache()
 
 
-class _Packed:
-    """One batch: packed prompts, then one token a live slot."""
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A part of the log on its way to the host: ``words`` [passes, rows, LOG_WIDTH], and the rows of each pass."""
 
-    def __init__(self, engine: GPT2Engine, batch: Batch) -> None:
+    words: torch.Tensor
+    rows: list[list[Row]]
+    done: torch.cuda.Event | None
+
+    def arrived(self) -> bool:
+        return self.done is None or self.done.query()
+
+    def wait(self) -> list[list[list[int]]]:
+        if self.done is not None:
+            self.done.synchronize()
+        words: list[list[list[int]]] = self.words.tolist()
+        return words
+
+
+class _Run:
+    """One batch on its way through the engine."""
+
+    def __init__(
+        self, engine: GPT2Engine, scheduler: Scheduler, cache: KVCache, steps: Steps, observe: Observer | None
+    ) -> None:
         self._engine = engine
         self._model = engine.model
-        self._prompts = {slot: request.prompt_ids for slot, request in batch.requests}
-        self._lengths = {slot: len(ids) for slot, ids in self._prompts.items()}
-        capacity = max(len(r.prompt_ids) + r.params.max_new_tokens for _, r in batch.requests)
-        self._cache = self._model.new_cache(len(batch.rows), capacity)
+        self._scheduler = scheduler
+        self._cache = cache
+        self._steps = steps
+        self._observe = observe
+        self._tick = 0
+        self._unread: list[list[Row]] = []
+        self._looks: deque[_Look] = deque()
+        steps.forget()
 
-    def prefill(self, live: list[int]) -> torch.Tensor:
-        packed = [(token, slot, at) for slot in live for at, token in enumerate(self._prompts[slot])]
-        ends = {}
-        for index, (_, slot, _) in enumerate(packed):
-            ends[slot] = index
-        width = self._model.heads * self._model.size
-        last = torch.empty(len(live), width, dtype=torch.float32, device=self._model.device)
-        for start in range(0, len(packed), self._engine.chunk):
-            x = self._forward(packed[start : start + self._engine.chunk])
-            for row, slot in enumerate(live):
-                if start <= ends[slot] < start + len(x):
-                    last[row] = x[ends[slot] - start]
-        return self._scores(last)
+    def __iter__(self) -> Iterator[Row]:
+        """Yield rows as they are read to their end."""
+        scheduler = self._scheduler
+        while scheduler.busy or self._unread or self._looks:
+            if scheduler.busy:
+                scheduler.admit()
+                self._device_work(self._advance)
+            if len(self._unread) >= (1 if self._observe else READ_EVERY) or not scheduler.busy:
+                self._device_work(self._look)
+            while self._looks and (len(self._looks) > UNREAD or not scheduler.busy or self._looks[0].arrived()):
+                yield from self._settle(self._looks.popleft())
 
-    def step(self, tokens: list[int], live: list[int]) -> torch.Tensor:
-        packed = [(token, slot, self._lengths[slot]) for token, slot in zip(tokens, live, strict=True)]
-        for slot in live:
-            self._lengths[slot] += 1
-        return self._scores(self._forward(packed))
+    def close(self) -> None:
+        """Give back what rows hold that have not finished."""
+        self._scheduler.close()
 
-    def _forward(self, packed: list[tuple[int, int, int]]) -> torch.Tensor:
-        tokens, slots, positions = torch.tensor(packed, device=self._model.device).t().contiguous()
-        with cpu_threads(self._engine.numerics.threads):
-            return self._model.forward(tokens, slots, positions, self._cache)
+    def _device_work(self, action: Callable[[], _T]) -> _T:
+        # a caller's autocast would compute in another dtype than the numerics say
+        device = self._model.device
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            with cpu_threads(self._engine.numerics.threads):
+                return action()
 
-    def _scores(self, x: torch.Tensor) -> torch.Tensor:
-        with cpu_threads(self._engine.numerics.threads):
-            return self._model.scores(x)
+    def _advance(self) -> None:
+        """Run the next pass, as often as it may repeat before the log is looked at."""
+        self._cache.upload()
+        pieces, times = self._scheduler.compose()
+        chosen = [piece.row for piece in pieces if piece.chooses]
+        vocabulary = None if self._observe is None else self._model.vocabulary
+        if any(piece.start >= 0 for piece in pieces):
+            times = 1
+            scores = self._packed(pieces, vocabulary)
+        else:
+            times = 1 if self._observe else min(times, READ_EVERY - len(self._unread))
+            slots = tuple(row.lease.slot for row in chosen)
+            for i in range(times):
+                scores = self._steps.run(slots, self._tick + i, vocabulary)
+        self._scheduler.count(pieces, times)
+        if chosen:
+            self._unread += [chosen] * times
+            self._tick += times
+        if self._observe is not None and scores is not None:
+            for row, row_scores in zip(chosen, scores, strict=False):  # a bucket may hold more rows
+                self._observe(row.slot, row_scores)
+
+    def _packed(self, pieces: Sequence[Piece], vocabulary: int | None) -> torch.Tensor | None:
+        """Run a pass in which some rows compute their prompts."""
+        rows, chooses = pack(pieces, self._model.kernels.tile, self._tick, self._model.device)
+        scores = None
+        if vocabulary is not None and chooses:
+            scores = torch.empty(chooses, vocabulary, dtype=torch.float32, device=self._model.device)
+        self._model.forward(rows, self._cache, scores)
+        self._steps.forget()
+        return scores
+
+    def _look(self) -> None:
+        """Send for what the passes since the last look have logged."""
+        count = len(self._unread)
+        if not count:
+            return
+        width = max(map(len, self._unread))
+        first = (self._tick - count) % TICKS
+        log = self._cache.log[:, :width]
+        part = log[first : first + count] if first + count <= TICKS else torch.cat([log[first:], log[: first + count - TICKS]])
+        done = None
+        if log.is_cuda:
+            words = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            words.copy_(part, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        else:
+            words = part.clone()
+        self._looks.append(_Look(words, self._unread, done))
+        self._unread = []
+
+    def _settle(self, look: _Look) -> Iterator[Row]:
+        """Give the rows what was logged of them; yield those that end by it."""
+        for rows, entries in zip(look.rows, look.wait(), strict=True):
+            for row, words in zip(rows, entries, strict=False):  # other passes were wider
+                if not row.finished:
+                    row.read(words)
+                    if row.finished:
+                        self._scheduler.drop(row)
+                        yield row
+
+
+def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) -> tuple[Rows, int]:
+    """Return the tensors of a pass, sent to the device in one copy, and how many of its rows choose a token."""
+    tokens: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    first: list[int] = []
+    counts: list[int] = []
+    last: list[int] = []
+    spans = []
+    for piece in pieces:
+        begin = len(tokens)
+        if piece.start < 0:
+            tokens.append(-1)
+            positions.append(-1)
+            spans.append((begin, 1, piece.row.computed))
+        else:
+            tokens += piece.row.prompt[piece.start : piece.start + piece.count]
+            positions += range(piece.start, piece.start + piece.count)
+            spans.append((begin, piece.count, piece.start))
+        slots += [piece.row.lease.slot] * piece.count
+        for at in range(0, piece.count, tile):
+            first.append(begin + at)
+            counts.append(min(tile, piece.count - at))
+        if piece.chooses:
+            last.append(begin + piece.count - 1)
+    parts = [tokens, slots, positions, first, counts, last, [tick] * len(last)]
+    control = torch.empty(sum(map(len, parts)), dtype=torch.int32, device=device)
+    copy_in(torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts])), control)
+    return Rows(*control.split([len(part) for part in parts]), tile=tile, spans=tuple(spans)), len(last)
+
+
+def _tensors(owner: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an object of the model holds."""
+    names = getattr(owner, "__slots__", None) or vars(owner)
+    for value in (getattr(owner, name) for name in names):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Linear | Norm):
+            yield from _tensors(value)
+
+
+def _trace(steps: Sequence[Sequence[int]]) -> Trace:
+    words = np.array(steps, dtype=np.int32)
+    scores = words[:, 2:4].copy().view(np.float32)
+    hashes = words[:, 4:6].copy().view(np.uint64)[:, 0]
+    tokens, runner_ups = words[:, 0].tolist(), words[:, 1].tolist()
+    return Trace.of(tokens, runner_ups, scores[:, 0].tolist(), scores[:, 1].tolist(), hashes.tolist())

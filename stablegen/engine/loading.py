@@ -18,7 +18,8 @@ from stablegen.engine.transformers import TransformersEngine
 from stablegen.engine.weights import align, alignment_of, check_finite
 from stablegen.errors import CheckpointError, DeviceError, DeviceMemoryError
 from stablegen.kernels.base import KernelSet
-from stablegen.numerics import Numerics, numerics_on
+from stablegen.kernels.vendor import VendorKernels
+from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
 from stablegen.policy import Invariant, load_policy
 
 
@@ -45,7 +46,8 @@ def _load(checkpoint: Checkpoint, planned: Numerics, target: torch.device) -> En
         model = GPT2(checkpoint.config, tensors, kernels_for(target), dtype=dtype, device=target)
         return GPT2Engine(model, observed(planned, target))
     loaded = _load_transformers(checkpoint, dtype, target)
-    numerics = observed(planned, target, attention=loaded.config._attn_implementation)
+    static = allows_static_cache(checkpoint.config)
+    numerics = observed(planned, target, attention=loaded.config._attn_implementation, static_cache=static)
     return TransformersEngine(loaded, numerics, context=checkpoint.context)
 
 
@@ -56,9 +58,25 @@ def wrap_model(model: Any, planned: Numerics, context: int) -> Engine:
         kernels = kernels_for(model.device)
         own = GPT2(config, model.state_dict(), kernels, dtype=getattr(torch, planned.dtype), device=model.device)
         return GPT2Engine(own, observed(planned, model.device))
-    attention = model.config._attn_implementation
-    numerics = observed(planned, model.device, attention=attention, alignment=alignment_of(model))
+    numerics = observed(
+        planned,
+        model.device,
+        attention=model.config._attn_implementation,
+        alignment=alignment_of(model),
+        static_cache=allows_static_cache(model.config.to_dict()),
+    )
     return TransformersEngine(model, numerics, context=context)
+
+
+def make_vendor_engine(model: Any, dtype: str, *, reach: int, **settings: Any) -> GPT2Engine:
+    """Return the engine of ``invariant`` over a transformers GPT-2, with cuBLAS and SDPA in place of its kernels.
+
+    It promises nothing, and serves to be measured against. ``reach``: positions that a row may have.
+    """
+    config = model.config.to_dict()
+    own = GPT2(config, model.state_dict(), VendorKernels(reach), dtype=getattr(torch, dtype), device=model.device)
+    numerics = numerics_on(find_device(str(model.device), dtype), load_policy("native"), dtype)
+    return GPT2Engine(own, numerics, **settings)
 
 
 def kernels_for(device: torch.device) -> KernelSet:
@@ -86,7 +104,12 @@ def torch_device(name: str) -> torch.device:
 
 
 def observed(
-    planned: Numerics, device: torch.device, *, attention: str = "sdpa", alignment: str | None = None
+    planned: Numerics,
+    device: torch.device,
+    *,
+    attention: str = "sdpa",
+    alignment: str | None = None,
+    static_cache: bool = False,
 ) -> Numerics:
     """Return the numerics as torch reports them; equal to ``planned`` unless metadata misled the plan."""
     if device.type != "cuda":
@@ -100,7 +123,9 @@ def observed(
             sm_count=properties.multi_processor_count,
         )
     policy = load_policy(planned.policy)
-    return numerics_on(found, policy, planned.dtype, attention=attention, alignment=alignment)
+    return numerics_on(
+        found, policy, planned.dtype, attention=attention, alignment=alignment, static_cache=static_cache
+    )
 
 
 def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:

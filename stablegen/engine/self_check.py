@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from stablegen.engine.base import Engine
 from stablegen.errors import EngineError, NumericsChangedError
-from stablegen.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Padded, load_policy
+from stablegen.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Padded, Shape, load_policy
 from stablegen.record import SelfCheck, Trace
 from stablegen.request import GenerationParams, ModelIdentity, Request
 
@@ -20,16 +20,16 @@ _OTHERS = (520, *(1 + 7 * i % 32 for i in range(15)))
 """Prompt lengths beside them: one that makes batch and KV cache large, and many short ones."""
 
 
-def self_check(engine: Engine, vocabulary: int, width: int | None = None) -> SelfCheck:
+def self_check(engine: Engine, vocabulary: int, width: int | None = None, capacity: int | None = None) -> SelfCheck:
     """Return what the engine's policy keeps of its promise under its numerics, in a few seconds.
 
-    ``width``: the padded width in tokens to measure at, for ``padded:N``; each width is a shape of its own.
+    ``width`` and ``capacity``: the ``Shape`` to measure; ``padded:N`` needs a width.
     """
     policy = load_policy(engine.numerics.policy)
     if not policy.promises:
         return SelfCheck(numerics=engine.numerics, passed=False, checks={"policy": f"{policy} promises nothing"})
     try:
-        checks = _checks(engine, policy, vocabulary, width)
+        checks = _checks(engine, policy, vocabulary, Shape(width, capacity))
     except NumericsChangedError:
         raise
     except EngineError as error:  # a model that cannot run everywhere proves nothing
@@ -39,16 +39,16 @@ def self_check(engine: Engine, vocabulary: int, width: int | None = None) -> Sel
     return SelfCheck(
         numerics=engine.numerics,
         width=width,
+        capacity=capacity,
         passed=all(result == _EQUAL for name, result in checks.items() if name not in excused),
         slot_free=checks.get(_SLOT) == _EQUAL,
         checks=checks,
     )
 
 
-def _checks(engine: Engine, policy: ExecutionPolicy, vocabulary: int, width: int | None) -> dict[str, str]:
+def _checks(engine: Engine, policy: ExecutionPolicy, vocabulary: int, shape: Shape) -> dict[str, str]:
     if isinstance(policy, Padded):
-        assert width is not None
-        return _check_padded(engine, vocabulary, policy.rows, width)
+        return _check_padded(engine, vocabulary, policy.rows, shape)
     longest = engine.limits.context - _STEPS
     needles, others = (
         [_request(seed, min(length, longest), vocabulary) for seed, length in enumerate(lengths, start)]
@@ -56,33 +56,38 @@ def _checks(engine: Engine, policy: ExecutionPolicy, vocabulary: int, width: int
     )
     checks: dict[str, str] = {}
     for needle in needles:
-        for name, result in _check_rows(engine, needle, others, packed=isinstance(policy, Invariant)).items():
+        for name, result in _check_rows(engine, needle, others, shape, packed=isinstance(policy, Invariant)).items():
             if checks.get(name, _EQUAL) == _EQUAL:  # what failed for one needle stays failed
                 checks[name] = result
     return checks
 
 
-def _check_padded(engine: Engine, vocabulary: int, rows: int, width: int) -> dict[str, str]:
-    longest = min(width, engine.limits.context - _STEPS) - 1
+def _check_padded(engine: Engine, vocabulary: int, rows: int, shape: Shape) -> dict[str, str]:
+    assert shape.width is not None
+    steps = _STEPS if shape.capacity is None else min(_STEPS, shape.capacity - shape.width + 1)
+    longest = min(shape.width, engine.limits.context - steps) - 1
     shortest = max(1, longest - BUCKET + 2)
     needle, *others = [
-        _request(seed, max(shortest, longest - 11 * seed % BUCKET), vocabulary) for seed in range(1, min(rows, 8) + 1)
+        _request(seed, max(shortest, longest - 11 * seed % BUCKET), vocabulary, steps)
+        for seed in range(1, min(rows, 8) + 1)
     ]
     filler = (None,) * (rows - 1 - len(others))
-    alone = _trace(engine, Batch((needle, *[None] * (rows - 1)), width), needle)
-    beside = _trace(engine, Batch((needle, *others, *filler), width), needle)
+    alone = _trace(engine, Batch((needle, *[None] * (rows - 1)), *shape), needle)
+    beside = _trace(engine, Batch((needle, *others, *filler), *shape), needle)
     checks = _compare(_BESIDE, alone, [beside])
     if rows > 1:
-        moved = [Batch((*others, *filler, needle), width)]
+        moved = [Batch((*others, *filler, needle), *shape)]
         if rows > 2:
-            moved.append(Batch((*filler, *others[:1], needle, *others[1:]), width))
+            moved.append(Batch((*filler, *others[:1], needle, *others[1:]), *shape))
         checks |= _compare(_SLOT, alone, [_trace(engine, batch, needle) for batch in moved])
     return checks
 
 
-def _check_rows(engine: Engine, needle: Request, others: list[Request], *, packed: bool) -> dict[str, str]:
-    alone = _trace(engine, Batch((needle,)), needle)
-    checks = _compare("repeated", alone, [_trace(engine, Batch((needle,)), needle)])
+def _check_rows(
+    engine: Engine, needle: Request, others: list[Request], shape: Shape, *, packed: bool
+) -> dict[str, str]:
+    alone = _trace(engine, Batch((needle,), *shape), needle)
+    checks = _compare("repeated", alone, [_trace(engine, Batch((needle,), *shape), needle)])
     if packed:
         checks |= _compare(_BESIDE, alone, [_trace(engine, Batch((needle, *others[:2])), needle)])
         moved = [Batch((*others[1:9], needle)), Batch((*others[1:12], needle, *others[12:]))]
@@ -91,12 +96,12 @@ def _check_rows(engine: Engine, needle: Request, others: list[Request], *, packe
     return checks
 
 
-def _request(seed: int, length: int, vocabulary: int) -> Request:
+def _request(seed: int, length: int, vocabulary: int, steps: int = _STEPS) -> Request:
     state, ids = seed * 2654435761 + 12345, []
     for _ in range(max(length, 1)):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
         ids.append((state >> 33) % vocabulary)
-    params = GenerationParams(max_new_tokens=_STEPS)
+    params = GenerationParams(max_new_tokens=steps)
     return Request(tuple(ids), params, ModelIdentity(source="digest", digest="self-check"), "")
 
 

@@ -1,14 +1,14 @@
 """Any causal language model of transformers: the policies ``single``, ``padded:N`` and ``native``.
 
-One loop serves the three; they differ in the batches they plan. Rows are left-padded to the batch's width, the mask
-goes with them, and positions come from the mask.
+The three differ in the batches they plan. Rows are left-padded to the batch's width, the mask goes with them, and
+positions come from the mask. Where the numerics say so, the KV cache has a fixed length and the step is replayed.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,15 +19,28 @@ from stablegen.kernels.reference import best_two
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 
+if TYPE_CHECKING:
+    from stablegen.engine.static_cache import StaticDecoding
+
 
 class TransformersEngine:
-    """Runs planned batches through a transformers model as it stands."""
+    """Runs planned batches through a transformers model as it stands.
 
-    def __init__(self, model: Any, numerics: Numerics, *, context: int) -> None:
+    ``graphs``: whether CUDA graphs replay the steps over a KV cache of fixed length; it moves no bit.
+    """
+
+    def __init__(self, model: Any, numerics: Numerics, *, context: int, graphs: bool = True) -> None:
         self.model = model
         self.numerics = numerics
-        self.limits = Limits(context=context)
+        self.limits = Limits(context=context, static_cache=numerics.static_cache)
         self.accepts = frozenset(inspect.signature(model.forward).parameters)
+        self._static: StaticDecoding | None = None
+        if numerics.static_cache:
+            from stablegen.engine.static_cache import StaticDecoding
+
+            self._static = StaticDecoding(
+                model, context=context, threads=numerics.threads, best_two=best_two, graphs=graphs
+            )
 
     def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
         """Yield each request of the batch as it finishes.
@@ -37,23 +50,30 @@ class TransformersEngine:
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         check_flags(self.numerics)
+        if self._static is not None:
+            return self._static.decode(batch, *left_padded(batch), observe)
         return decode(lambda: _LeftPadded(self, batch), batch, self.model.device, best_two, observe)
 
 
+def left_padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch's prompts [S, W], padded on the left, and their mask; filler rows hold one token."""
+    prompts = [(0,) if row is None else row.prompt_ids for row in batch.rows]
+    width = max(map(len, prompts)) if batch.width is None else batch.width
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
 class _LeftPadded:
-    """One batch, padded on the left; filler rows hold one token."""
+    """One batch over a KV cache that grows."""
 
     def __init__(self, engine: TransformersEngine, batch: Batch) -> None:
         self._engine = engine
-        device = engine.model.device
-        prompts = [(0,) if row is None else row.prompt_ids for row in batch.rows]
-        width = max(map(len, prompts)) if batch.width is None else batch.width
-        self._ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        self._mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-        for row, ids in enumerate(prompts):
-            self._ids[row, width - len(ids) :] = torch.tensor(ids)
-            self._mask[row, width - len(ids) :] = 1
-        self._ids, self._mask = self._ids.to(device), self._mask.to(device)
+        ids, mask = left_padded(batch)
+        self._ids, self._mask = ids.to(engine.model.device), mask.to(engine.model.device)
         self._past: Any = None
 
     def prefill(self, live: list[int]) -> torch.Tensor:

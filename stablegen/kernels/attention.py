@@ -1,4 +1,10 @@
-"""Causal attention over the KV cache as one Triton program a token and head."""
+"""Causal attention over the paged KV cache in Triton, a program a tile of tokens and head.
+
+**Why no batch can move a bit.** A token's keys come in blocks that begin at multiples of ``BLOCK_KEYS`` positions, in
+ascending order, from 0 to its own block; within a block its scores, the sum of its weights and the weighted values are
+chains of ``mma.sync`` steps, and a maximum has no rounding. A tile only puts tokens of one slot beside each other, as
+other rows of the same instructions; a block that lies wholly behind a token multiplies by one and adds zero.
+"""
 
 from __future__ import annotations
 
@@ -8,124 +14,309 @@ import torch
 import triton
 import triton.language as tl
 
+from stablegen.kernels.base import Cache, Linear, Placed, Rows
+from stablegen.kernels.launch import begin, invite, options
+from stablegen.kernels.linear import EXPONENT, block_product, load_pair, operand, pair, store_operand
+
+BLOCK_KEYS = {False: 128, True: 64}
+"""Keys that one step takes, an absolute block of positions: of 16-bit numbers, and of pairs."""
+TILE = 32
+"""Tokens of one slot in one program at most."""
+_LOG2_E = 1.4426950408889634
+
 
 @dataclass(frozen=True, slots=True)
-class AttentionConfiguration:
-    """The block of keys that one step takes, the padded head size, and the warps that share them."""
+class AttentionTile:
+    """The rows of one program, and how it is compiled: rows and warps are a matter of speed alone."""
 
-    block_keys: int
-    block_d: int
+    rows: int
     num_warps: int
+    num_stages: int
 
-
-def attention_configuration(d: int) -> AttentionConfiguration:
-    """Return the blocks for heads of size D; a block of keys begins at a multiple of its size in every run."""
-    return AttentionConfiguration(block_keys=64, block_d=triton.next_power_of_2(d), num_warps=4)
+    def __post_init__(self) -> None:
+        assert self.rows < 64 or self.num_warps < 4, self
 
 
 def attention(
-    query: torch.Tensor,  # [T, H, D]
-    keys: torch.Tensor,  # [S, H, C, D]
-    values: torch.Tensor,  # [S, H, C, D]
-    *,
-    slots: torch.Tensor,  # [T] int64
-    positions: torch.Tensor,  # [T] int64
+    query: torch.Tensor,  # [T, E], or pairs [2, T, E], or summands [P, T, 3 E] of queries, keys and values, float32
+    layer: Linear,
+    cache: Cache,
+    index: int,
+    rows: Rows,
+    placed: Placed,
     scale: float,
+    tile: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Return causal attention [T, H, D] in the query's dtype; what lies behind a token's position is never read.
+    """Return causal attention [T, E] as an operand; what lies behind a token's position weighs zero.
 
-    The order of a sum cannot depend on the batch: one program adds a token's keys in absolute blocks from position 0
-    to its own, and neither the number of tokens, slots or cached positions is known when it is compiled.
+    Where ``query`` comes as summands of ``layer``, they are added up and biased here, and key and value are stored. The
+    order of a sum cannot depend on the batch: keys come in absolute blocks in ascending order, and a tile's rows are rows
+    of the same instructions whichever and however many they are.
     """
-    tokens, heads, d = query.shape
-    assert keys.shape == values.shape == (keys.shape[0], heads, keys.shape[2], d), (
-        query.shape,
-        keys.shape,
-        values.shape,
-    )
-    assert keys.stride() == values.stride(), (keys.stride(), values.stride())
-    # Strides travel in heads (units of D): the compiler then knows how they are aligned, whatever C is.
-    assert keys.stride(3) == 1, keys.stride()
-    assert all(stride % d == 0 for stride in keys.stride()[:3]), keys.stride()
-    # A view of the cache that began at an odd address would be another binary, with threads placed in another way.
-    assert keys.data_ptr() % 16 == 0, "a KV cache begins at an aligned address"
-    assert values.data_ptr() % 16 == 0, "a KV cache begins at an aligned address"
-    assert keys.dtype == values.dtype == query.dtype, (query.dtype, keys.dtype, values.dtype)
-    assert slots.shape == positions.shape == (tokens,), (slots.shape, positions.shape)
-    assert slots.dtype == positions.dtype == torch.int64, (slots.dtype, positions.dtype)
-    assert query.device == keys.device == values.device == slots.device == positions.device, query.device
-    slots, positions = slots.contiguous(), positions.contiguous()
-    if query.stride(2) != 1 or query.stride(1) != d or query.stride(0) % d:
-        query = query.contiguous()
-    out = torch.empty((tokens, heads, d), dtype=query.dtype, device=query.device)
-    if tokens == 0:
-        return out
-    configuration = attention_configuration(d)
+    keys, values = cache.keys[index], cache.values[index]
+    _, heads, page, size = keys.shape[-4:]
+    paired = keys.dim() == 5
+    count = query.shape[-2]
+    summands = query.dtype == torch.float32
+    assert rows.tile == 1 or not summands
+    out = operand((count, heads * size), torch.float32 if paired else keys.dtype, query.device)
+    tile = tile or _tile(rows.tile, paired)
     with torch.cuda.device(query.get_device()):  # -1 on a CPU: changes nothing
-        _attention[(tokens, heads)](
+        _attention[(len(rows.tile_first), heads)](
             query,
+            layer.bias,
             keys,
             values,
-            slots,
-            positions,
+            cache.table,
+            cache.lengths,
+            cache.table.shape[1],
+            rows.slots,
+            placed.positions,
+            rows.tile_first,
+            rows.tile_count,
             out,
-            scale,
-            query.stride(0) // d,
-            keys.stride(0) // d,
-            keys.stride(1) // d,
-            keys.stride(2) // d,
-            D=d,
-            BLOCK_D=configuration.block_d,
-            BLOCK_KEYS=configuration.block_keys,
-            num_warps=configuration.num_warps,
+            # pairs of queries and keys are 2**EXPONENT times as large, those of values as those of the result
+            scale * _LOG2_E * (2.0 ** (-2 * EXPONENT) if paired else 1.0),
+            count,
+            keys.stride(0),
+            HEADS=heads,
+            D=size,
+            PAGE=page,
+            ROWS=tile.rows,
+            BLOCK_D=max(16, triton.next_power_of_2(size)),
+            BLOCK_KEYS=BLOCK_KEYS[paired],
+            NEWEST=rows.tile == 1,
+            PARTS=len(query) if summands else 0,
+            PAIRED=paired,
+            WIDEN=keys.dtype == torch.bfloat16 and not query.is_cuda,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **options(query.device),
         )
     return out
 
 
-# Where the batch's tensors begin, and the cache's strides, which grow with its capacity and slots, differ from run
-# to run: one binary must serve them all.
+def _tile(count: int, paired: bool) -> AttentionTile:
+    return AttentionTile(16 if count == 1 else TILE, 4, 2)
+
+
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no stubs
-    do_not_specialize=["query", "slots", "positions", "query_token", "cache_slot", "cache_head", "cache_position"]
+    do_not_specialize=["PAGES", "slots", "positions", "tile_first", "tile_count", "T", "SIZE"]
 )
 def _attention(  # launched by position
     query: tl.tensor,
+    bias: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    table: tl.tensor,
+    lengths: tl.tensor,
+    PAGES: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
+    tile_first: tl.tensor,
+    tile_count: tl.tensor,
     out: tl.tensor,
     scale: tl.tensor,
-    query_token: tl.tensor,
-    cache_slot: tl.tensor,
-    cache_head: tl.tensor,
-    cache_position: tl.tensor,
+    T: tl.tensor,
+    SIZE: tl.tensor,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    NEWEST: tl.constexpr,
+    PARTS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    position = tl.load(positions + token).to(tl.int32)
-    first = (tl.load(slots + token) * cache_slot + head * cache_head) * D
+    E: tl.constexpr = HEADS * D
+    head = tl.program_id(1)
+    row = tl.arange(0, ROWS)
     feature = tl.arange(0, BLOCK_D)
-    q = tl.load(query + (token * query_token + head) * D + feature, mask=feature < D, other=0.0).to(tl.float32)
-    best = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    result = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, position + 1, BLOCK_KEYS):
-        place = start + tl.arange(0, BLOCK_KEYS)
-        seen = place <= position
-        inside = seen[:, None] & (feature < D)[None, :]
-        offset = first + place.to(tl.int64)[:, None] * cache_position * D + feature[None, :]
-        # zeros in place of what is not seen: a weight of zero does not silence a NaN
-        k = tl.load(keys + offset, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values + offset, mask=inside, other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(k * q[None, :], axis=1) * scale, float("-inf"))
-        best_now = tl.maximum(best, tl.max(score, axis=0))  # position 0 is always seen, so this is no -inf
-        fade = tl.exp(best - best_now)
-        share = tl.exp(score - best_now)
-        total = total * fade + tl.sum(share, axis=0)
-        result = result * fade + tl.sum(share[:, None] * v, axis=0)
-        best = best_now
-    place_out = (token * tl.num_programs(1) + head) * D + feature
-    tl.store(out + place_out, (result / total).to(out.dtype.element_ty), mask=feature < D)
+    inside = feature < D
+    column = head * D + feature
+    offset = tl.arange(0, BLOCK_KEYS)
+    size = SIZE.to(tl.int64)
+    low = T.to(tl.int64) * E
+    invite(EARLY)
+    if NEWEST:
+        # Each tile is one slot's newest token. Where it stands, and all keys before its own, the pass before has left:
+        # the first block is on its way before this kernel waits for the query.
+        first = tl.program_id(0)
+        count = 1
+        slot = tl.load(slots + first)
+        position = tl.load(lengths + slot)
+        there = offset < position
+        spot = _spot(table, slot, offset, there, head, PAGES, HEADS, D, PAGE)
+        k_high, k_low = _load_keys(keys, spot, there, feature, inside, size, PAIRED)
+        v_high, v_low = _load_values(values, spot, there, feature, inside, size, PAIRED)
+        own = _spot(table, slot, position + tl.zeros_like(feature), inside, head, PAGES, HEADS, D, PAGE) + feature
+        if PARTS > 0:
+            q_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            k_bias = tl.load(bias + E + column, mask=inside, other=0.0).to(tl.float32)
+            v_bias = tl.load(bias + 2 * E + column, mask=inside, other=0.0).to(tl.float32)
+            begin(EARLY)
+            at_row = query + first.to(tl.int64) * (3 * E) + column
+            q_sum = _add_parts(at_row, inside, T, 3 * E, PARTS) + q_bias
+            k_sum = _add_parts(at_row + E, inside, T, 3 * E, PARTS) + k_bias
+            v_sum = _add_parts(at_row + 2 * E, inside, T, 3 * E, PARTS) + v_bias
+            qh, ql = pair(q_sum, keys.dtype.element_ty, PAIRED)
+            kh, kl = pair(k_sum, keys.dtype.element_ty, PAIRED)
+            vh, vl = pair(v_sum, keys.dtype.element_ty, PAIRED)
+            tl.store(keys + own, kh, mask=inside)
+            tl.store(values + own, vh, mask=inside)
+            if PAIRED:
+                tl.store(keys + own + size, kl, mask=inside)
+                tl.store(values + own + size, vl, mask=inside)
+            held = (row == 0)[:, None] & inside[None, :]
+            q_high = tl.where(held, qh[None, :], 0.0).to(keys.dtype.element_ty)
+            q_low = tl.where(held, ql[None, :], 0.0).to(keys.dtype.element_ty)
+        else:
+            begin(EARLY)
+            kh, kl = load_pair(keys + own, inside, size, PAIRED)
+            vh, vl = load_pair(values + own, inside, size, PAIRED)
+        newest = offset == position
+        k_high = tl.where(newest[None, :], kh[:, None], k_high)
+        v_high = tl.where(newest[:, None], vh[None, :], v_high)
+        if PAIRED:
+            k_low = tl.where(newest[None, :], kl[:, None], k_low)
+            v_low = tl.where(newest[:, None], vl[None, :], v_low)
+        else:
+            k_low = k_high
+            v_low = v_high
+    else:
+        begin(EARLY)
+        first = tl.load(tile_first + tl.program_id(0))
+        count = tl.load(tile_count + tl.program_id(0))
+        slot = tl.load(slots + first)
+        position = tl.load(positions + first)
+        there = offset < position + count
+        spot = _spot(table, slot, offset, there, head, PAGES, HEADS, D, PAGE)
+        k_high, k_low = _load_keys(keys, spot, there, feature, inside, size, PAIRED)
+        v_high, v_low = _load_values(values, spot, there, feature, inside, size, PAIRED)
+    at = (first + row).to(tl.int64)[:, None] * E + column[None, :]
+    held = (row < count)[:, None] & inside[None, :]
+    if PARTS == 0:
+        q_high = tl.load(query + at, mask=held, other=0.0)
+        q_low = tl.load(query + low + at, mask=held, other=0.0) if PAIRED else q_high
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS, 16), tl.float32)  # the sum of a row's weights, in each of 16 columns
+    result = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    reach = (position + row)[:, None]
+    q = (q_high, q_low)
+    seen = offset[None, :] <= reach
+    best, weight, result = _take(
+        q, (k_high, k_low), (v_high, v_low), seen, best, weight, result, scale, PAIRED, WIDEN
+    )
+    for start in range(BLOCK_KEYS, position + count, BLOCK_KEYS):
+        key = start + offset
+        there = key < position + count
+        spot = _spot(table, slot, key, there, head, PAGES, HEADS, D, PAGE)
+        if PARTS > 0:  # its own key, which other threads have just stored, comes from where it was made
+            there = key < position
+        k_high, k_low = _load_keys(keys, spot, there, feature, inside, size, PAIRED)
+        v_high, v_low = _load_values(values, spot, there, feature, inside, size, PAIRED)
+        if PARTS > 0:
+            newest = key == position
+            k_high = tl.where(newest[None, :], kh[:, None], k_high)
+            v_high = tl.where(newest[:, None], vh[None, :], v_high)
+            if PAIRED:
+                k_low = tl.where(newest[None, :], kl[:, None], k_low)
+                v_low = tl.where(newest[:, None], vl[None, :], v_low)
+            else:
+                k_low = k_high
+                v_low = v_high
+        seen = key[None, :] <= reach
+        best, weight, result = _take(
+            q, (k_high, k_low), (v_high, v_low), seen, best, weight, result, scale, PAIRED, WIDEN
+        )
+    total = tl.max(weight, axis=1)  # all 16 are equal
+    result = result / total[:, None]
+    if PAIRED:
+        result = result * 16.0  # values came as 2**EXPONENT of themselves, and are paired again
+    store_operand(out + at, result, held, low, PAIRED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _take(
+    q: tl.tensor,
+    k: tl.tensor,  # [D, keys], high and low
+    v: tl.tensor,  # [keys, D], high and low
+    seen: tl.tensor,
+    best: tl.tensor,
+    weight: tl.tensor,
+    result: tl.tensor,
+    scale: tl.tensor,
+    PAIRED: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> tl.tensor:
+    """Take one block of keys into a tile's running maximum, weights and weighted values."""
+    score = tl.where(seen, block_product(q, k, PAIRED, WIDEN) * scale, float("-inf"))
+    now = tl.maximum(best, tl.max(score, axis=1))  # position 0 is always seen, so this is no -inf
+    fade = tl.exp2(best - now)[:, None]
+    share = tl.exp2(score - now[:, None])
+    dtype: tl.constexpr = v[0].dtype
+    high = share.to(dtype)
+    low = ((share - high.to(tl.float32)) * 2048.0).to(dtype) if PAIRED else high
+    ones = tl.full((v[0].shape[0], 16), 1.0, dtype)
+    if PAIRED:
+        weight = weight * fade + block_product((high, low), (ones, ones * 0.0), PAIRED, WIDEN)
+    else:
+        weight = weight * fade + block_product((high, low), (ones, ones), PAIRED, WIDEN)
+    return now, weight, result * fade + block_product((high, low), v, PAIRED, WIDEN)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _add_parts(
+    pointers: tl.tensor, mask: tl.tensor, T: tl.tensor, WIDTH: tl.constexpr, PARTS: tl.constexpr
+) -> tl.tensor:
+    total = tl.load(pointers, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(pointers + part * T.to(tl.int64) * WIDTH, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _spot(
+    table: tl.tensor,
+    slot: tl.tensor,
+    key: tl.tensor,
+    there: tl.tensor,
+    head: tl.tensor,
+    PAGES: tl.tensor,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> tl.tensor:
+    """Return where in a layer the keys of these positions begin."""
+    page = tl.load(table + slot * PAGES + key // PAGE, mask=there, other=0).to(tl.int64)
+    return ((page * HEADS + head) * PAGE + key % PAGE) * D
+
+
+# In both: zeros in place of what is not seen, for a weight of zero does not silence a NaN.
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _load_keys(
+    keys: tl.tensor,
+    spot: tl.tensor,
+    there: tl.tensor,
+    feature: tl.tensor,
+    inside: tl.tensor,
+    size: tl.tensor,
+    PAIRED: tl.constexpr,
+) -> tl.tensor:
+    return load_pair(keys + spot[None, :] + feature[:, None], there[None, :] & inside[:, None], size, PAIRED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _load_values(
+    values: tl.tensor,
+    spot: tl.tensor,
+    there: tl.tensor,
+    feature: tl.tensor,
+    inside: tl.tensor,
+    size: tl.tensor,
+    PAIRED: tl.constexpr,
+) -> tl.tensor:
+    return load_pair(values + spot[:, None] + feature[None, :], there[:, None] & inside[None, :], size, PAIRED)

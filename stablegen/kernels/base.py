@@ -1,27 +1,96 @@
 """The interface of a kernel set: every operation that GPT-2 needs, each invariant to what shares its batch.
 
-A kernel set promises that row ``i`` of each result depends on row ``i`` of the operands alone: not on how many
-rows there are, nor on their order, nor on their content. It keeps that promise by choosing tiles and the order
-of its sums from dtype, N, K and head size only, never from M.
+A kernel set promises that row ``i`` of each result depends on row ``i`` of the operands alone (and attention on the
+keys and values of its own slot): not on how many rows there are, nor on their order, nor on their content. It keeps
+that promise by choosing the order of its sums from dtype, N, K and head size only, never from the number of rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-Activation = Literal["none", "gelu_new"]
+PAGE = 64
+"""Positions in a page of the KV cache."""
+LOG_WIDTH = 8
+"""int32 words that the log keeps of a row: best, runner-up, their scores' bits, the hash (low, high), finite, 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One affine layer: ``weight`` [K, N] of any strides, ``bias`` [N] or None, both in the model's dtype."""
+    """One affine layer [K, N] as its kernel set laid it out; ``weight`` and ``bias`` are the set's own.
+
+    ``exponent``: where ``weight`` holds pairs of float16 in place of float32, they are those of ``weight * 2**exponent``.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    k: int
+    n: int
+    exponent: int | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Return whether ``weight`` holds pairs of float16 in place of float32."""
+        return self.exponent is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A layer norm's gain and shift [E], and what is added to the variance."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one forward pass works on: T packed tokens, Q tiles of them, R rows whose scores are wanted; all int32.
+
+    ``tokens`` [T]: ids, or -1 for the newest token of its slot. ``slots`` [T]. ``positions`` [T]: absolute, or -1 for
+    the next one of its slot. ``tile_first``, ``tile_count`` [Q]: each tile is a run of at most ``tile`` tokens of one
+    slot at consecutive positions; a ``tile`` of 1 says that every token is its slot's newest, -1. ``last`` [R]: the tokens whose scores are wanted. ``tick`` [R]: the entry of the
+    log to be written, one ahead after each pass. ``spans``: on the host, each slot's (first token, how many, first
+    position), where a pass is not one token a slot.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    tile_first: torch.Tensor
+    tile_count: torch.Tensor
+    last: torch.Tensor
+    tick: torch.Tensor
+    tile: int
+    spans: tuple[tuple[int, int, int], ...] = ()
+
+
+class Cache(Protocol):
+    """The state of all slots: paged keys and values, and how far each slot has come.
+
+    ``keys``, ``values`` [layers, pages, H, PAGE, D] in the model's dtype. ``table`` [S, pages a slot] int32: the page
+    of each run of ``PAGE`` positions. ``newest``, ``lengths`` [S] int32: each slot's newest token, and its position.
+    ``log`` [ticks, rows, LOG_WIDTH] int32: what was chosen.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+    newest: torch.Tensor
+    lengths: torch.Tensor
+    log: torch.Tensor
+
+
+class Placed(NamedTuple):
+    """Where tokens stand, [T] int32: slot, absolute position, and ``places``, ``page * PAGE + position % PAGE``."""
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,56 +109,76 @@ class BestTwo:
 
 
 class KernelSet(Protocol):
-    """The operations; M and T count rows (tokens), E, K and N features, H heads, D a head's size, V tokens."""
+    """The operations, in the order of a forward pass; T tokens, E features, H heads of D, V tokens.
+
+    What they hand to each other, beside the residual stream, is laid out as the set likes: low precision, pairs, summands.
+    """
 
     name: str
     """Goes into ``Numerics`` with ``version``: results of another set or version are other bits."""
     version: int
+    tile: int
+    """Tokens of one slot that attention takes together at most."""
+    paired: bool
+    """Whether float32 keys and values are kept as pairs of float16, [layers, 2, pages, H, PAGE, D]."""
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Lay out one affine layer as ``linear`` wants it, once, when the model is loaded."""
+        """Lay out one affine layer, ``weight`` [K, N] of any strides and ``bias`` [N], once, when it is loaded."""
         ...
 
-    def linear(
-        self,
-        x: torch.Tensor,  # [M, K], the model's dtype
-        layer: Linear,
-        *,
-        activation: Activation = "none",
-        residual: torch.Tensor | None = None,  # [M, N], float32
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Return ``activation(x @ weight + bias) + residual`` [M, N], accumulated in float32, rounded once."""
+    def embed(
+        self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
+        """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand.
+
+        ``tokens`` is the embedding laid out as a head [E, V], which it mostly is too; ``positions`` [C, E].
+        """
         ...
 
-    def layer_norm(
-        self,
-        x: torch.Tensor,  # [M, E], float32
-        weight: torch.Tensor,  # [E]
-        bias: torch.Tensor,  # [E]
-        *,
-        eps: float,
-        out_dtype: torch.dtype,
+    def qkv(
+        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
     ) -> torch.Tensor:
-        """Return the rows' layer norm [M, E]; mean and biased variance in float32, two passes."""
+        """Return what ``attention`` wants as queries; by then keys and values are in layer ``index`` of the cache."""
         ...
 
     def attention(
         self,
-        query: torch.Tensor,  # [T, H, D], the model's dtype
-        keys: torch.Tensor,  # [S, H, C, D], the cache: S slots of C positions
-        values: torch.Tensor,  # [S, H, C, D]
-        *,
-        slots: torch.Tensor,  # [T] int64: the slot of the cache each token belongs to
-        positions: torch.Tensor,  # [T] int64: its absolute position; it sees positions 0..itself of its slot
+        query: torch.Tensor,
+        layer: Linear,
+        cache: Cache,
+        index: int,
+        rows: Rows,
+        placed: Placed,
         scale: float,
     ) -> torch.Tensor:
-        """Return causal attention [T, H, D] in the query's dtype; keys are summed in fixed absolute blocks.
+        """Return causal attention [T, E] over layer ``index``, summed over keys in fixed absolute blocks.
 
-        Positions behind a token's own may hold anything finite: their weight is exactly zero.
+        ``layer`` is the one that made ``query``.
         """
         ...
 
-    def best_two(self, scores: torch.Tensor) -> BestTwo:
-        """Reduce rows of scores [M, V] float32 to what a decode step keeps."""
+    def partial(self, x: torch.Tensor, layer: Linear, before: Linear | None = None) -> torch.Tensor:
+        """Return ``x @ weight`` as summands [P, T, N] float32, to be added up in order; no bias.
+
+        ``before``: the layer whose ``gelu`` made x.
+        """
+        ...
+
+    def add_norm(
+        self, x: torch.Tensor, partial: torch.Tensor, layer: Linear, norm: Norm, select: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``x + (sum(partial) + bias)`` [T, E] float32 and its layer norm; of ``select`` [R] rows only."""
+        ...
+
+    def gelu(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """Return what ``partial`` wants as ``gelu_new(x @ weight + bias)`` [T, N]."""
+        ...
+
+    def choose(
+        self, x: torch.Tensor, layer: Linear, rows: Rows, placed: Placed, cache: Cache, scores: torch.Tensor | None
+    ) -> None:
+        """Score the vocabulary for R rows [R, E], log what a step keeps, and advance their slots.
+
+        ``scores`` [R, V] float32 receives the full rows where it is given; the bits chosen from are the same.
+        """
         ...

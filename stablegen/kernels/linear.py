@@ -1,143 +1,543 @@
-"""Affine layers as one Triton kernel whose tiles are fixed by dtype, N and K."""
+"""Affine layers in Triton: sums of tensor-core steps whose order is fixed by dtype, N and K.
+
+**Why no batch can move a bit.** K is cut into ``splits`` slices and these into blocks of ``block_k``. A block is a chain
+of ``mma.sync`` steps over ascending k that begins at zero; blocks are added up in their order in float32, outside of the
+tensor cores, and so are slices. ``linear_plan`` fixes all of this from dtype, N and K. The number of rows decides only
+which outputs a program computes (``_tile``), when it fetches what it needs, and whether the slices of an output meet in
+one program or in the kernel that reads its summands. A tile of 64 rows or more never has four warps or more, for then
+Triton would choose ``wgmma`` on Hopper, an instruction of another shape.
+
+**float32** travels as pairs of float16: ``x = 2**-e * (high + low * 2**-11)``, 22 bits and a sign, so that three
+products of halves on tensor cores, high * high + (high * low + low * high) * 2**-11, are as good as float32's own
+(Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Weights are paired when they are
+loaded, [2, N, K], in the bytes that float32 takes; activations where they are made, [2, M, K].
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from stablegen.kernels.base import Activation
+from stablegen.kernels.base import Linear
+from stablegen.kernels.launch import begin, invite, options, prefetch
+
+
+BLOCK_K = 64
+"""Elements of K in a block."""
+FEW_ROWS = 16
+EXPONENT = -4
+"""Activations are paired as ``x * 2**EXPONENT``: up to a million in size, to the last bit of a float32 near one."""
 
 
 @dataclass(frozen=True, slots=True)
-class LinearConfiguration:
-    """The tile of one program (rows, columns, depth of one step of the sum) and how it is compiled."""
+class LinearPlan:
+    """How an output is summed: K in ``splits`` slices of ``slice_k``, each in blocks of ``block_k``."""
+
+    splits: int
+    slice_k: int
+    block_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The outputs that one program computes, and how it is compiled."""
 
     block_m: int
     block_n: int
-    block_k: int
     num_warps: int
     num_stages: int
+    split_programs: bool = False
+    """Whether each slice has a program of its own."""
+    ahead: bool = False
+    """Whether a program holds its whole weights before it waits for its rows."""
+    group: int = 8
+    """Row tiles that take turns on one column tile."""
+
+    def __post_init__(self) -> None:
+        assert self.block_m < 64 or self.num_warps < 4, self
 
 
-def linear_configuration(dtype: torch.dtype, n: int, k: int) -> LinearConfiguration:
-    """Return the tile of a layer [K, N]; M is no argument, so no batch can change it.
+def linear_plan(n: int, k: int) -> LinearPlan:
+    """Return the order of the sums of a layer [K, N]; the number of rows is no argument."""
+    # a layer of few columns is cut so that its programs occupy every processor
+    splits = max(1, min(-(-k // 256), -(-6144 // n)))
+    slice_k = -(-k // (splits * BLOCK_K)) * BLOCK_K
+    return LinearPlan(-(-k // slice_k), slice_k, BLOCK_K)
 
-    ``block_m`` is 16 for every layer: one row and a thousand run the same MMA instructions.
+
+def operand(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory for activations [M, K]: those of float32 are pairs, [2, M, K] float16."""
+    if dtype == torch.float32:
+        return torch.empty((2, *shape), dtype=torch.float16, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def prepare(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Lay a weight [K, N] out as [N, K], where a column's numbers lie side by side; float32 as pairs [2, N, K]."""
+    k, n = weight.shape
+    weight = weight.t().contiguous()
+    if weight.dtype != torch.float32:
+        return Linear(weight, bias, k, n)
+    # the largest number comes close to the end of float16's range, so that the small ones stay far from its beginning
+    exponent = 14 - math.frexp(weight.abs().max().item())[1]
+    pair, rows = torch.empty((2, n, k), dtype=torch.float16, device=weight.device), max(1, 2**24 // k)
+    for start in range(0, n, rows):  # in pieces: memory for the whole of it may be short
+        part = torch.ldexp(weight[start : start + rows], torch.tensor(exponent, device=weight.device))
+        pair[0, start : start + rows] = part
+        pair[1, start : start + rows] = (part - pair[0, start : start + rows].float()) * 2.0**11
+    return Linear(pair, bias, k, n, exponent=exponent)
+
+
+def partial(x: torch.Tensor, layer: Linear, before: Linear | None = None, tile: Tile | None = None) -> torch.Tensor:
+    """Return ``x @ weight`` [P, M, N] float32, to be added up in order; P is 1 where a program added all slices.
+
+    With ``before``, x is what ``partial`` returned for that layer, and is added up, biased and put through gelu_new as it
+    is read. The order of a sum cannot depend on the batch: it is the plan's, and both ways add the same slices in it.
     """
-    block_k = 32 if dtype == torch.float32 else 64
-    return LinearConfiguration(
-        block_m=16,
-        block_n=32 if n <= 1024 else 64,  # narrow layers have few columns to spread over the processors
-        block_k=min(block_k, max(16, triton.next_power_of_2(k))),
-        num_warps=4,
-        num_stages=3,
-    )
-
-
-def linear(
-    x: torch.Tensor,  # [M, K] fp32, fp16 or bf16
-    weight: torch.Tensor,  # [K, N] of any strides, x's dtype
-    bias: torch.Tensor | None,  # [N], x's dtype
-    *,
-    activation: Activation = "none",
-    residual: torch.Tensor | None = None,  # [M, N] float32
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return ``activation(x @ weight + bias) + residual`` [M, N], accumulated in float32, rounded once.
-
-    The order of a sum cannot depend on the batch: each output is summed by one program over all of K in steps whose
-    size, like the binary that runs, is fixed by dtype, N, K and the weight's strides.
-    """
-    rows, k = x.shape
-    n = weight.shape[1]
-    assert weight.shape[0] == k, (x.shape, weight.shape)
-    assert weight.dtype == x.dtype, (x.dtype, weight.dtype)
-    assert weight.device == x.device, (x.device, weight.device)
-    assert bias is None or (bias.shape == (n,) and bias.is_contiguous() and bias.device == x.device), bias
-    assert residual is None or (residual.shape == (rows, n) and residual.dtype == torch.float32), residual
-    # Where the rows begin in memory is the batch's doing, and Triton compiles another binary for an unaligned
-    # pointer. Copies move no bit, so they take the choice away.
-    x = _aligned(x.contiguous())
-    residual = None if residual is None else residual.contiguous()
-    out = torch.empty((rows, n), dtype=out_dtype, device=x.device)
-    if rows == 0:
-        return out
-    tile = linear_configuration(x.dtype, n, k)
-    # Neighbouring programs share columns, so that a block of the weight is read from memory once.
-    grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(n, tile.block_n))
+    rows = x.shape[-2]
+    plan = linear_plan(layer.n, layer.k)
+    tile = tile or _tile(layer, rows)
+    programs = plan.splits if tile.split_programs else 1
+    out = torch.empty((programs, rows, layer.n), dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(layer.n, tile.block_n)
+    assert before is None or (tile.ahead and programs == plan.splits), tile
     with torch.cuda.device(x.get_device()):  # -1 on a CPU: changes nothing
-        _linear[grid](
+        _partial[(tiles, programs)](
             x,
-            weight,
-            bias,
-            residual,
+            layer.weight,
             out,
+            None if before is None else before.bias,
             rows,
-            n,
-            k,
-            weight.stride(0),
-            weight.stride(1),
-            GELU=activation == "gelu_new",
-            WIDEN=x.dtype == torch.bfloat16 and not x.is_cuda,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            layer.n,
+            layer.k,
+            PARTS=0 if before is None else len(x),
+            SLICES=plan.splits // programs,
+            **compiled(layer, plan, tile),
         )
     return out
 
 
-# M and the residual's address come with the batch: specialised on, M = 1 or 16 would run another binary than M = 2.
-@triton.jit(do_not_specialize=["M", "residual"])  # type: ignore[untyped-decorator]  # triton has no stubs
-def _linear(  # launched by position
-    x: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    residual: tl.tensor,
-    out: tl.tensor,
+def gelu(x: torch.Tensor, layer: Linear, tile: Tile | None = None) -> torch.Tensor:
+    """Return ``gelu_new(x @ weight + bias)`` [M, N] as an operand.
+
+    The order of a sum cannot depend on the batch: one program adds up all slices in their order.
+    """
+    rows = x.shape[-2]
+    plan = linear_plan(layer.n, layer.k)
+    tile = tile or _tile(layer, rows)
+    out = operand((rows, layer.n), torch.float32 if layer.paired else x.dtype, x.device)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(layer.n, tile.block_n)
+    with torch.cuda.device(x.get_device()):
+        _gelu[(tiles,)](
+            x,
+            layer.weight,
+            layer.bias,
+            out,
+            rows,
+            layer.n,
+            layer.k,
+            SLICES=plan.splits,
+            **compiled(layer, plan, tile),
+        )
+    return out
+
+
+def qkv(
+    x: torch.Tensor,
+    layer: Linear,
+    keys: torch.Tensor,  # [pages, H, PAGE, D], one layer of the cache, or pairs of it
+    values: torch.Tensor,
+    places: torch.Tensor,  # [M] int32
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Return queries [M, E] as an operand; each row's key and value go to its place in the cache.
+
+    The order of a sum cannot depend on the batch: one program adds up all slices in their order.
+    """
+    rows = x.shape[-2]
+    _, heads, page, size = keys.shape[-4:]
+    plan = linear_plan(layer.n, layer.k)
+    tile = tile or _tile(layer, rows)
+    out = operand((rows, layer.n // 3), torch.float32 if layer.paired else x.dtype, x.device)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(layer.n, tile.block_n)
+    with torch.cuda.device(x.get_device()):
+        _qkv[(tiles,)](
+            x,
+            layer.weight,
+            layer.bias,
+            out,
+            keys,
+            values,
+            places,
+            rows,
+            layer.n,
+            layer.k,
+            keys.stride(0),
+            HEADS=heads,
+            D=size,
+            PAGE=page,
+            SLICES=plan.splits,
+            **compiled(layer, plan, tile),
+        )
+    return out
+
+
+def few(rows: int) -> bool:
+    """Return whether so few rows are at work that each slice of a sum gets a program of its own."""
+    return rows <= FEW_ROWS
+
+
+def _tile(layer: Linear, rows: int) -> Tile:
+    """Return which outputs a program computes: a matter of speed alone."""
+    if few(rows):
+        blocks = linear_plan(layer.n, layer.k).slice_k // BLOCK_K
+        # what a program holds ahead must fit into its registers
+        wide = blocks * (2 if layer.paired else 1) <= 8
+        return Tile(16, 32 if wide else 16, 4, 3, split_programs=True, ahead=True)
+    if rows <= 64:
+        return Tile(32, 64, 4, 3 if layer.paired else 4)
+    if layer.paired:
+        return Tile(32, 128, 4, 3) if rows > 512 else Tile(32, 64, 4, 3)
+    return Tile(64, 64, 2, 3)
+
+
+def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, object]:
+    """Return the compile-time arguments of a product."""
+    weight = layer.weight
+    return {
+        "SLICE": plan.slice_k,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": plan.block_k,
+        "GROUP": tile.group,
+        "AHEAD": tile.ahead,
+        "PAIRED": layer.paired,
+        # what the sums of pairs are to be multiplied with: a power of two, so nothing is rounded
+        "UNIT": 2.0 ** (-layer.exponent - EXPONENT) if layer.paired else 1.0,
+        # the interpreter multiplies the bit patterns of bfloat16; the products are the same in float32
+        "WIDEN": weight.dtype == torch.bfloat16 and not weight.is_cuda,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **options(weight.device),
+    }
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def place(M: tl.tensor, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
+    """Return the rows and columns of this program's tile: row tiles take turns, so that they share columns in L2."""
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    group = program // (GROUP * tiles_n)
+    first = group * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    inside = program % (GROUP * tiles_n)
+    rows = (first + inside % size) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = inside // size * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, columns
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _prefetch_weight(
+    weight: tl.tensor,  # [N, K]
+    columns: tl.tensor,
+    start: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    LENGTH: tl.constexpr,
+) -> None:
+    """Bring ``LENGTH`` of K from ``start`` on, of these columns, into the L2 cache; the last line may be missing."""
+    step: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
+    lines: tl.constexpr = triton.next_power_of_2((LENGTH + step - 1) // step)
+    at = tl.minimum(start + tl.arange(0, lines) * step, K - 1)
+    prefetch(weight + tl.minimum(columns, N - 1)[:, None].to(tl.int64) * K + at[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def product(
+    x: tl.tensor,  # [M, K], or pairs [2, M, K], or with PARTS summands [PARTS, M, K] float32
+    weight: tl.tensor,  # [N, K], or pairs [2, N, K]
+    bias: tl.tensor,  # [K], of the summands
+    rows: tl.tensor,
+    columns: tl.tensor,
+    start: tl.tensor,  # where the first slice begins
     M: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    stride_k: tl.tensor,
-    stride_n: tl.tensor,
-    GELU: tl.constexpr,
-    WIDEN: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> None:
-    # 64 bits: M * N and V * K pass 2**31
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
-    row_ok = rows[:, None] < M
-    column_ok = columns[None, :] < N
-    x_block = x + rows[:, None] * K + depth[None, :]
-    weight_block = weight + depth[:, None].to(tl.int64) * stride_k + columns[None, :] * stride_n
+    AHEAD: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> tl.tensor:
+    """Return ``SLICES`` slices of ``x @ weight.T`` for a tile, added up in order; waits for the rows by itself."""
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        depth_ok = depth < K - start
-        a = tl.load(x_block, mask=row_ok & depth_ok[None, :], other=0.0)
-        b = tl.load(weight_block, mask=depth_ok[:, None] & column_ok, other=0.0)
-        if WIDEN:  # the interpreter multiplies the bit patterns of bfloat16; the products are the same in float32
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
-        x_block += BLOCK_K
-        weight_block += BLOCK_K * stride_k
-    if bias is not None:
-        total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        total = _gelu_new(total)
-    place = rows[:, None] * N + columns[None, :]
-    inside = row_ok & column_ok
-    if residual is not None:
-        total += tl.load(residual + place, mask=inside, other=0.0)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    if AHEAD and SLICES == 1:
+        # all weights are on their way before the kernel waits for its rows
+        EVEN: tl.constexpr = K % SLICE == 0
+        held = ()
+        for block in tl.static_range(SLICE // BLOCK_K):
+            k = start + block * BLOCK_K
+            held = held + (_load_weight(weight, columns, k, N, K, BLOCK_N, BLOCK_K, EVEN, PAIRED),)
+        begin(EARLY)
+        read = ()
+        for block in tl.static_range(SLICE // BLOCK_K):
+            k = start + block * BLOCK_K
+            if PARTS > 0:
+                read = read + (_load_summands(x, bias, rows, k, M, K, PARTS, BLOCK_K, EVEN, PAIRED, weight),)
+            else:
+                read = read + (_load_rows(x, rows, k, M, K, BLOCK_K, EVEN, PAIRED),)
+        for block in tl.static_range(SLICE // BLOCK_K):
+            total += block_product(read[block], held[block], PAIRED, WIDEN)
+    else:
+        if EARLY and BLOCK_M <= 32:
+            _prefetch_weight(weight, columns, start, N, K, SLICES * SLICE)
+            if PAIRED:
+                _prefetch_weight(weight + N * K, columns, start, N, K, SLICES * SLICE)
+        begin(EARLY)
+        EVEN: tl.constexpr = K % BLOCK_K == 0
+        part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for block in range(tl.cdiv(tl.minimum(K - start, SLICES * SLICE), BLOCK_K)):
+            k = start + block * BLOCK_K
+            if SLICES > 1:
+                if block % (SLICE // BLOCK_K) == 0:
+                    total += part
+                    part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            b = _load_weight(weight, columns, k, N, K, BLOCK_N, BLOCK_K, EVEN, PAIRED)
+            a = _load_rows(x, rows, k, M, K, BLOCK_K, EVEN, PAIRED)
+            part += block_product(a, b, PAIRED, WIDEN)
+        total += part
+    return total * UNIT if PAIRED else total
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _load_weight(
+    weight: tl.tensor,
+    columns: tl.tensor,
+    k: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,  # whether no block reaches behind K
+    PAIRED: tl.constexpr,
+) -> tl.tensor:
+    """Return a block of the weight, [BLOCK_K, BLOCK_N], and the lower half of its pair."""
+    depth = tl.arange(0, BLOCK_K)
+    pointers = weight + columns.to(tl.int64)[None, :] * K + (k + depth)[:, None]
+    mask = None
+    if not EVEN:
+        mask = (columns < N)[None, :] & (depth < K - k)[:, None]
+    elif N % BLOCK_N != 0:
+        mask = (columns < N)[None, :] & (depth >= 0)[:, None]
+    return load_pair(pointers, mask, N * K, PAIRED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _load_rows(
+    x: tl.tensor,
+    rows: tl.tensor,
+    k: tl.tensor,
+    M: tl.tensor,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PAIRED: tl.constexpr,
+) -> tl.tensor:
+    """Return a block of rows, [BLOCK_M, BLOCK_K], and the lower half of its pair."""
+    depth = tl.arange(0, BLOCK_K)
+    pointers = x + rows.to(tl.int64)[:, None] * K + (k + depth)[None, :]
+    if EVEN:
+        mask = (rows < M)[:, None] & (depth >= 0)[None, :]
+    else:
+        mask = (rows < M)[:, None] & (depth < K - k)[None, :]
+    return load_pair(pointers, mask, M.to(tl.int64) * K, PAIRED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _load_summands(
+    x: tl.tensor,
+    bias: tl.tensor,
+    rows: tl.tensor,
+    k: tl.tensor,
+    M: tl.tensor,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PAIRED: tl.constexpr,
+    like: tl.tensor,
+) -> tl.tensor:
+    """Return a block of rows made of summands: added up, biased, put through gelu_new, and rounded as ``_gelu`` does."""
+    depth = k + tl.arange(0, BLOCK_K)
+    pointers = x + rows.to(tl.int64)[:, None] * K + depth[None, :]
+    mask = (rows < M)[:, None] & (depth < K)[None, :]
+    content = tl.load(pointers, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        content += tl.load(pointers + part * M.to(tl.int64) * K, mask=mask, other=0.0)
+    content += tl.load(bias + depth, mask=depth < K, other=0.0).to(tl.float32)[None, :]
+    return pair(tl.where(mask, _gelu_new(content), 0.0), like.dtype.element_ty, PAIRED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def load_pair(pointers: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> tl.tensor:
+    if mask is None:
+        high = tl.load(pointers)
+        low = tl.load(pointers + size) if PAIRED else high
+    else:
+        high = tl.load(pointers, mask=mask, other=0.0)
+        low = tl.load(pointers + size, mask=mask, other=0.0) if PAIRED else high
+    return high, low
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def block_product(a: tl.tensor, b: tl.tensor, PAIRED: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
+    """Return ``a @ b`` in float32, from zero; both are (high, low)."""
+    a_high, a_low = a
+    b_high, b_low = b
+    zero = tl.zeros((a_high.shape[0], b_high.shape[1]), dtype=tl.float32)
+    if PAIRED:
+        small = tl.dot(a_high, b_low, zero) + tl.dot(a_low, b_high, zero)
+        return small * 0.00048828125 + tl.dot(a_high, b_high, zero)  # 2**-11
+    if WIDEN:
+        a_high = a_high.to(tl.float32)
+        b_high = b_high.to(tl.float32)
+    return tl.dot(a_high, b_high, zero)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def pair(x: tl.tensor, dtype: tl.constexpr, PAIRED: tl.constexpr) -> tl.tensor:
+    """Return float32 activations as operands: rounded to ``dtype``, or as the halves of a pair of float16."""
+    if PAIRED:
+        x = x * 0.0625  # 2**EXPONENT
+        high = x.to(tl.float16)
+        return high, ((x - high.to(tl.float32)) * 2048.0).to(tl.float16)
+    high = x.to(dtype)
+    return high, high
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def store_operand(
+    to: tl.tensor, x: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr
+) -> None:
+    """Store float32 activations as operands; the lower halves of pairs lie ``size`` elements behind."""
+    high, low = pair(x, to.dtype.element_ty, PAIRED)
+    tl.store(to, high, mask=mask)
+    if PAIRED:
+        tl.store(to + size, low, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]  # triton has no stubs
+def _partial(  # launched by position
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    bias: tl.tensor,
+    M: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    split = tl.program_id(1)
+    rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    start = split * (SLICES * SLICE)
+    invite(EARLY)
+    total = product(
+        x,
+        weight,
+        bias,
+        rows,
+        columns,
+        start,
+        M,
+        N,
+        K,
+        PARTS,
+        SLICES,
+        SLICE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        AHEAD,
+        PAIRED,
+        UNIT,
+        WIDEN,
+        EARLY,
+    )
+    to = out + (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
+    tl.store(to, total, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]  # triton has no stubs
+def _gelu(  # launched by position
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    M: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    invite(EARLY)
+    total = product(
+        x,
+        weight,
+        bias,
+        rows,
+        columns,
+        0,
+        M,
+        N,
+        K,
+        0,
+        SLICES,
+        SLICE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        AHEAD,
+        PAIRED,
+        UNIT,
+        WIDEN,
+        EARLY,
+    )
+    total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    to = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    store_operand(to, _gelu_new(total), mask, M.to(tl.int64) * N, PAIRED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
@@ -148,5 +548,67 @@ def _gelu_new(x: tl.tensor) -> tl.tensor:
     return x * tl.where(z >= 0, 1.0, small) / (1.0 + small)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+@triton.jit(do_not_specialize=["M", "places", "SIZE"])  # type: ignore[untyped-decorator]  # triton has no stubs
+def _qkv(  # launched by position
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    places: tl.tensor,
+    M: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.tensor,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    invite(EARLY)
+    total = product(
+        x,
+        weight,
+        bias,
+        rows,
+        columns,
+        0,
+        M,
+        N,
+        K,
+        0,
+        SLICES,
+        SLICE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        AHEAD,
+        PAIRED,
+        UNIT,
+        WIDEN,
+        EARLY,
+    )
+    total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    E: tl.constexpr = HEADS * D
+    row_ok = (rows < M)[:, None]
+    to_query = query + rows.to(tl.int64)[:, None] * E + columns[None, :]
+    store_operand(to_query, total, row_ok & (columns < E)[None, :], M.to(tl.int64) * E, PAIRED)
+    spot = tl.load(places + rows, mask=rows < M, other=0).to(tl.int64)
+    feature = columns % E
+    offset = ((spot // PAGE * HEADS * PAGE + spot % PAGE) * D)[:, None]
+    offset += (feature // D * (PAGE * D) + feature % D)[None, :]
+    size = SIZE.to(tl.int64)
+    store_operand(keys + offset, total, row_ok & ((columns >= E) & (columns < 2 * E))[None, :], size, PAIRED)
+    store_operand(values + offset, total, row_ok & ((columns >= 2 * E) & (columns < N))[None, :], size, PAIRED)

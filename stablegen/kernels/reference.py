@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from stablegen.kernels.base import Activation, BestTwo, Linear
+from stablegen.kernels.base import PAGE, BestTwo, Cache, Linear, Norm, Placed, Rows
 
 QUERY_BLOCK = 16
 KEY_BLOCK = 64
@@ -22,6 +22,8 @@ class ReferenceKernels:
 
     name = "reference"
     version = 1
+    tile = 1024
+    paired = False
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Keep float32 copies: products of 16-bit numbers are exact in float32, sums are kept there.
@@ -30,77 +32,143 @@ class ReferenceKernels:
         change the order in which it is summed.
         """
         own = weight.to(torch.float32, copy=True)
-        return Linear(own, None if bias is None else bias.to(torch.float32, copy=True))
+        return Linear(own, None if bias is None else bias.to(torch.float32, copy=True), *weight.shape)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        layer: Linear,
-        *,
-        activation: Activation = "none",
-        residual: torch.Tensor | None = None,
-        out_dtype: torch.dtype,
+    def embed(
+        self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
+        """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand."""
+        slots = rows.slots.long()
+        ids = torch.where(rows.tokens < 0, cache.newest[slots], rows.tokens)
+        at = torch.where(rows.positions < 0, cache.lengths[slots], rows.positions)
+        places = cache.table[slots, at.long() // PAGE] * PAGE + at % PAGE
+        x = tokens.weight.t()[ids.long()] + positions[at.long()].float()
+        return x, layer_norm(x, norm, positions.dtype), Placed(rows.slots, at, places)
+
+    def qkv(
+        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
     ) -> torch.Tensor:
-        """Return ``activation(x @ weight + bias) + residual`` [M, N]; every product is [K] x [K, N], aligned alike."""
-        result = torch.empty(x.shape[0], layer.weight.shape[1], dtype=torch.float32)
+        """Return queries [T, E]; keys and values go into layer ``index`` of the cache."""
+        _, heads, page, size = cache.keys[index].shape
+        result = self.linear(x, layer).to(x.dtype).view(len(x), 3, heads, size)
+        pages, offsets = placed.places.long() // page, placed.places.long() % page
+        cache.keys[index][pages, :, offsets] = result[:, 1]
+        cache.values[index][pages, :, offsets] = result[:, 2]
+        return result[:, 0].reshape(len(x), heads * size)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        layer: Linear,
+        cache: Cache,
+        index: int,
+        rows: Rows,
+        placed: Placed,
+        scale: float,
+    ) -> torch.Tensor:
+        """Return causal attention [T, E]; a query sits in its tile where its absolute position puts it.
+
+        Queries of one slot share a tile of ``QUERY_BLOCK`` absolute positions, keys come in absolute blocks of
+        ``KEY_BLOCK``: shape and place of every product are functions of the position alone.
+        """
+        _, heads, _, size = cache.keys[index].shape
+        query = query.view(len(query), heads, size)
+        out = torch.empty_like(query)
+        positions = placed.positions.long()
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (slot, position) in enumerate(zip(rows.slots.tolist(), positions.tolist(), strict=True)):
+            groups.setdefault((slot, position // QUERY_BLOCK), []).append(row)
+        for (slot, block), members in groups.items():
+            chosen = torch.tensor(members)
+            places = positions[chosen] - block * QUERY_BLOCK
+            tile = torch.zeros(heads, QUERY_BLOCK, size, dtype=torch.float32)
+            tile[:, places] = query[chosen].float().transpose(0, 1)
+            pages = cache.table[slot, : (block * QUERY_BLOCK + QUERY_BLOCK - 1) // PAGE + 1].long()
+            keys, values = (
+                kept[index][pages].transpose(0, 1).flatten(1, 2) for kept in (cache.keys, cache.values)
+            )  # [H, C, D]
+            # behind a position anything may lie, and zero times NaN is no zero
+            known = torch.arange(keys.shape[1])[:, None] <= int(positions[chosen].max())
+            keys, values = keys.where(known, 0.0), values.where(known, 0.0)
+            result = _attend(tile, block * QUERY_BLOCK, keys, values, scale)
+            out[chosen] = result[:, places].transpose(0, 1).to(out.dtype)
+        return out.flatten(1)
+
+    def partial(self, x: torch.Tensor, layer: Linear, before: Linear | None = None) -> torch.Tensor:
+        """Return ``x @ weight`` [1, T, N] float32."""
+        return self.linear(x, Linear(layer.weight, None, layer.k, layer.n))[None]
+
+    def add_norm(
+        self, x: torch.Tensor, partial: torch.Tensor, layer: Linear, norm: Norm, select: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``x + (partial + bias)`` and its layer norm."""
+        assert layer.bias is not None
+        result = x + (partial[0] + layer.bias)
+        if select is not None:
+            result = result[select.long()]
+        return result, layer_norm(result, norm, norm.weight.dtype)
+
+    def gelu(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """Return ``gelu_new(x @ weight + bias)`` [T, N]."""
+        return self.linear(x, layer, gelu=True).to(x.dtype)
+
+    def choose(
+        self, x: torch.Tensor, layer: Linear, rows: Rows, placed: Placed, cache: Cache, into: torch.Tensor | None
+    ) -> None:
+        """Score the vocabulary, log what a step keeps, and advance the slots."""
+        scores = self.linear(x, layer)
+        if into is not None:
+            into.copy_(scores)
+        advance(best_two(scores), rows, placed, cache)
+
+    def linear(self, x: torch.Tensor, layer: Linear, *, gelu: bool = False) -> torch.Tensor:
+        """Return ``x @ weight + bias`` [M, N] float32; every product is [K] x [K, N], aligned alike."""
+        result = torch.empty(x.shape[0], layer.n, dtype=torch.float32)
         transposed = layer.weight.t()
-        operand = torch.empty(
-            x.shape[1], dtype=torch.float32
-        )  # one buffer: a row's own address may be aligned otherwise
+        # one buffer: a row's own address may be aligned otherwise
+        operand = torch.empty(x.shape[1], dtype=torch.float32)
         for row in range(x.shape[0]):
             operand.copy_(x[row])
             y = torch.mv(transposed, operand)
             if layer.bias is not None:
                 y += layer.bias
             # tanh too is a library call whose vectorised body and tail may round differently: one shape, [N]
-            result[row] = _gelu_new(y) if activation == "gelu_new" else y
-        if residual is not None:
-            result = result + residual
-        return result.to(out_dtype)
+            result[row] = _gelu_new(y) if gelu else y
+        return result
 
-    def layer_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, out_dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return the rows' layer norm; both sums are trees of additions fixed by E alone."""
-        width = x.shape[1]
-        centred = x - (tree_sum(x) / width)[:, None]
-        variance = tree_sum(centred * centred) / width
-        # sqrt and division are correctly rounded everywhere; rsqrt is not.
-        normed = centred * (1.0 / torch.sqrt(variance + eps))[:, None]
-        return (normed * weight.float() + bias.float()).to(out_dtype)
 
-    def attention(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Return causal attention; a query sits in its tile where its absolute position puts it.
+def layer_norm(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows' layer norm; both sums are trees of additions fixed by E alone."""
+    width = x.shape[1]
+    centred = x - (tree_sum(x) / width)[:, None]
+    variance = tree_sum(centred * centred) / width
+    # sqrt and division are correctly rounded everywhere; rsqrt is not.
+    normed = centred * (1.0 / torch.sqrt(variance + norm.eps))[:, None]
+    return (normed * norm.weight.float() + norm.bias.float()).to(dtype)
 
-        Queries of one slot share a tile of ``QUERY_BLOCK`` absolute positions, keys come in absolute blocks of
-        ``KEY_BLOCK``: shape and place of every product are functions of the position alone.
-        """
-        _, heads, size = query.shape
-        out = torch.empty_like(query)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-            groups.setdefault((slot, position // QUERY_BLOCK), []).append(index)
-        for (slot, block), members in groups.items():
-            rows = torch.tensor(members)
-            places = positions[rows] - block * QUERY_BLOCK
-            tile = torch.zeros(heads, QUERY_BLOCK, size, dtype=torch.float32)
-            tile[:, places] = query[rows].float().transpose(0, 1)
-            result = _attend(tile, block * QUERY_BLOCK, keys[slot], values[slot], scale)
-            out[rows] = result[:, places].transpose(0, 1).to(out.dtype)
-        return out
 
-    def best_two(self, scores: torch.Tensor) -> BestTwo:
-        """Reduce rows of scores [M, V] float32 to what a decode step keeps."""
-        return best_two(scores)
+def advance(best: BestTwo, rows: Rows, placed: Placed, cache: Cache) -> None:
+    """Log what a step keeps, and advance the rows' slots."""
+    ticks = cache.log.shape[0]
+    words = torch.cat(
+        [
+            best.tokens.int(),
+            best.scores.view(torch.int32),
+            best.hashes[:, None].view(torch.int32),  # little-endian: the low word first
+            torch.stack([best.finite, torch.zeros_like(best.finite)], 1).int(),
+        ],
+        dim=1,
+    )
+    count = len(words)
+    cache.log[(rows.tick[:count] % ticks).long(), torch.arange(count, device=words.device)] = words
+    rows.tick.add_(1)
+    last = rows.last.long()
+    slots = rows.slots[last].long()
+    cache.newest[slots] = best.tokens[:, 0].int()
+    end = cache.table.shape[1] * PAGE - 1
+    lengths = (placed.positions[last] + 1).clamp(max=end)
+    # the spare slot, which fills a batch up, begins anew each time: it must not grow long
+    cache.lengths[slots] = torch.where(slots == len(cache.newest) - 1, 0, lengths).int()
 
 
 def _attend(
@@ -170,7 +238,7 @@ def best_two(scores: torch.Tensor) -> BestTwo:
     folded = product ^ ((product >> 32) & 0xFFFFFFFF)
     return BestTwo(
         tokens=tokens,
-        scores=scores.gather(1, tokens),
+        scores=scores.gather(1, tokens) + 0.0,  # a zero has no sign
         hashes=folded.sum(1),
         finite=torch.isfinite(scores).all(1),
     )

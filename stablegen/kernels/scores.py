@@ -1,102 +1,198 @@
-"""What a decode step keeps of a row of scores, as one Triton program a row that works in integers."""
+"""The head in Triton: scores, the two best and the hash of each row without writing a row, then the step's end.
+
+**Why no batch can move a bit.** A score is one chain of ``mma.sync`` steps (see ``linear``). All that follows is
+exact: a maximum has no rounding, and the hash adds integers modulo 2**64, in whatever order.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from stablegen.kernels.base import BestTwo
+from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
+from stablegen.kernels.launch import begin, invite, options
+from stablegen.kernels.linear import Tile, compiled, linear_plan, place, product
+
+LOWEST = tl.constexpr(-0x8000000000000000)
+"""Ranks below every score."""
+FOUND = tl.constexpr(4)
+"""What a tile finds of a row, int64: best rank, second-best rank, sum of the hash, whether a score is not finite."""
 
 
-@dataclass(frozen=True, slots=True)
-class BestTwoConfiguration:
-    """The scores that one step takes, and the warps that share them."""
-
-    block_v: int
-    num_warps: int
-
-
-def best_two_configuration(v: int) -> BestTwoConfiguration:
-    """Return the block for rows of V scores."""
-    block_v = min(4096, max(32, triton.next_power_of_2(v)))
-    return BestTwoConfiguration(block_v=block_v, num_warps=max(1, block_v // 256))
-
-
-def best_two(scores: torch.Tensor) -> BestTwo:
-    """Reduce rows of scores [M, V] float32 to what a decode step keeps, bit for bit as ``reference.best_two`` does.
-
-    The order of a sum cannot matter: only integers are added, modulo 2**64, and a maximum has no rounding.
-    """
-    rows, vocabulary = scores.shape
-    assert scores.dtype == torch.float32, scores.dtype
-    assert 0 < vocabulary < 2**31, vocabulary
-    scores = scores.contiguous()
-    tokens = torch.empty((rows, 2), dtype=torch.int64, device=scores.device)
-    kept = torch.empty((rows, 2), dtype=torch.float32, device=scores.device)
-    hashes = torch.empty(rows, dtype=torch.int64, device=scores.device)
-    finite = torch.empty(rows, dtype=torch.bool, device=scores.device)
-    if rows > 0:
-        configuration = best_two_configuration(vocabulary)
-        with torch.cuda.device(scores.get_device()):  # -1 on a CPU: changes nothing
-            _best_two[(rows,)](
-                scores.view(torch.int32),
-                tokens,
-                kept.view(torch.int32),
-                hashes,
-                finite,
-                vocabulary,
-                BLOCK_V=configuration.block_v,
-                num_warps=configuration.num_warps,
-            )
-    return BestTwo(tokens=tokens, scores=kept, hashes=hashes, finite=finite)
-
-
-@triton.jit(do_not_specialize=["bits_in", "V"])  # type: ignore[untyped-decorator]  # triton has no stubs
-def _best_two(  # launched by position
-    bits_in: tl.tensor,
-    tokens: tl.tensor,
-    kept: tl.tensor,
-    hashes: tl.tensor,
-    finite: tl.tensor,
-    V: tl.tensor,
-    BLOCK_V: tl.constexpr,
+def choose(
+    x: torch.Tensor,  # [R, E]
+    layer: Linear,
+    rows: Rows,
+    placed: Placed,
+    cache: Cache,
+    scores: torch.Tensor | None,  # [R, V] float32
+    tile: Tile | None = None,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    bits_in += row * V
-    lowest = tl.full((BLOCK_V,), -0x8000000000000000, tl.int64)
-    best = lowest
-    second = lowest
-    hashed = tl.zeros((BLOCK_V,), tl.uint64)
-    infinite = tl.zeros((BLOCK_V,), tl.int32)
-    unordered = tl.zeros((BLOCK_V,), tl.int32)  # NaN anywhere but at the last id
-    for start in range(0, V, BLOCK_V):
-        index = start + tl.arange(0, BLOCK_V)
-        inside = index < V
-        bits = tl.load(bits_in + index, mask=inside, other=0)
-        magnitude = bits & 0x7FFFFFFF
-        infinite |= (magnitude >= 0x7F800000).to(tl.int32)
-        nan = magnitude > 0x7F800000
-        unordered |= (nan & (index < V - 1)).to(tl.int32)
-        # bits 0, as in the masked places, add 0 to the hash
-        hashed += _fold(bits.to(tl.int64).to(tl.uint64, bitcast=True) * _hash_key(index))
-        rank = tl.where(inside, _rank(tl.where(nan, 0x7FFFFFFF, bits), index), lowest)
-        second = tl.maximum(second, tl.minimum(best, rank))
-        best = tl.maximum(best, rank)
+    """Score the vocabulary, log the two best and the hash of each row, and advance the rows' slots.
+
+    The order of a sum cannot depend on the batch: K is one chain of steps in one program, and what is made of the scores
+    is exact.
+    """
+    count = x.shape[-2]
+    plan = linear_plan(layer.n, layer.k)
+    tile = tile or _tile(layer, count)
+    tiles_n = triton.cdiv(layer.n, tile.block_n)
+    found = torch.empty((count, tiles_n, FOUND.value), dtype=torch.int64, device=x.device)
+    with torch.cuda.device(x.get_device()):  # -1 on a CPU: changes nothing
+        _score[(triton.cdiv(count, tile.block_m) * tiles_n,)](
+            x, layer.weight, found, scores, count, layer.n, layer.k, SLICES=plan.splits, **compiled(layer, plan, tile)
+        )
+        _advance[(count,)](
+            found,
+            rows.last,
+            rows.tick,
+            rows.slots,
+            placed.positions,
+            cache.newest,
+            cache.lengths,
+            cache.log,
+            cache.log.shape[0],
+            cache.log.shape[1],
+            len(cache.newest) - 1,
+            cache.table.shape[1] * PAGE - 1,
+            V=layer.n,
+            TILES=tiles_n,
+            BLOCK=triton.next_power_of_2(tiles_n),
+            WIDTH=LOG_WIDTH,
+            num_warps=4,
+            **options(x.device),
+        )
+
+
+def _tile(layer: Linear, rows: int) -> Tile:
+    if layer.paired:
+        return Tile(16, 64, 4, 3) if rows <= 16 else Tile(32, 128, 4, 3)
+    if rows <= 16:
+        return Tile(16, 64, 4, 3)
+    return Tile(32, 128, 4, 3) if rows <= 64 else Tile(64, 128, 2, 3)
+
+
+@triton.jit(do_not_specialize=["M", "scores"])  # type: ignore[untyped-decorator]  # triton has no stubs
+def _score(  # launched by position
+    x: tl.tensor,
+    weight: tl.tensor,
+    found: tl.tensor,
+    scores: tl.tensor,
+    M: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    invite(EARLY)
+    total = product(
+        x,
+        weight,
+        None,
+        rows,
+        columns,
+        0,
+        M,
+        N,
+        K,
+        0,
+        SLICES,
+        SLICE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        AHEAD,
+        PAIRED,
+        UNIT,
+        WIDEN,
+        EARLY,
+    )
+    row_ok = rows < M
+    inside = (columns < N)[None, :]
+    if scores is not None:
+        tl.store(
+            scores + rows.to(tl.int64)[:, None] * N + columns[None, :], total, mask=row_ok[:, None] & inside
+        )
+    bits = total.to(tl.int32, bitcast=True)
+    hashed = _fold(bits.to(tl.int64).to(tl.uint64, bitcast=True) * _hash_key(columns)[None, :])
+    hashed = tl.sum(tl.where(inside, hashed.to(tl.int64, bitcast=True), 0), axis=1)
+    magnitude = bits & 0x7FFFFFFF
+    infinite = tl.max(tl.where(inside & (magnitude >= 0x7F800000), 1, 0), axis=1)
+    rank = _rank(tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, bits), columns[None, :])
+    rank = tl.where(inside, rank, LOWEST)
+    best = tl.max(rank, axis=1)
+    second = tl.max(tl.where(rank == best[:, None], LOWEST, rank), axis=1)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    to = found + (rows.to(tl.int64) * tiles_n + tl.min(columns, axis=0) // BLOCK_N) * FOUND
+    tl.store(to, best, mask=row_ok)
+    tl.store(to + 1, second, mask=row_ok)
+    tl.store(to + 2, hashed, mask=row_ok)
+    tl.store(to + 3, infinite.to(tl.int64), mask=row_ok)
+
+
+@triton.jit(  # type: ignore[untyped-decorator]  # triton has no stubs
+    do_not_specialize=["last", "tick", "slots", "positions", "TICKS", "ROWS", "SPARE", "LAST"]
+)
+def _advance(  # launched by position
+    found: tl.tensor,
+    last: tl.tensor,
+    tick: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    newest: tl.tensor,
+    lengths: tl.tensor,
+    log: tl.tensor,
+    TICKS: tl.tensor,
+    ROWS: tl.tensor,
+    SPARE: tl.tensor,
+    LAST: tl.tensor,
+    V: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    invite(EARLY)
+    begin(EARLY)
+    index = tl.arange(0, BLOCK)
+    there = index < TILES
+    at = found + (row.to(tl.int64) * TILES + index) * FOUND
+    best = tl.load(at, mask=there, other=LOWEST)
+    second = tl.load(at + 1, mask=there, other=LOWEST)
+    hashed = tl.sum(tl.load(at + 2, mask=there, other=0), axis=0)
+    infinite = tl.max(tl.load(at + 3, mask=there, other=0), axis=0)
     top = tl.max(best, axis=0)
     runner_up = tl.max(tl.where(best == top, second, best), axis=0)
-    last = V.to(tl.int64) - 1
-    clamp = tl.max(unordered, axis=0) > 0
-    first_id = tl.where(clamp, last, _rank_id(top))
-    second_id = tl.where(clamp | (last == 0), last, _rank_id(runner_up))
-    tl.store(tokens + row * 2, first_id)
-    tl.store(tokens + row * 2 + 1, second_id)
-    tl.store(kept + row * 2, tl.load(bits_in + first_id))
-    tl.store(kept + row * 2 + 1, tl.load(bits_in + second_id))
-    tl.store(hashes + row, tl.sum(hashed.to(tl.int64, bitcast=True), axis=0))
-    tl.store(finite + row, tl.max(infinite, axis=0) == 0)
+    token = _rank_id(top, V)
+    now = tl.load(tick + row)
+    entry = log + ((now % TICKS).to(tl.int64) * ROWS + row) * WIDTH
+    tl.store(entry, token)
+    tl.store(entry + 1, _rank_id(runner_up, V))
+    tl.store(entry + 2, _rank_bits(top))
+    tl.store(entry + 3, _rank_bits(runner_up))
+    tl.store(entry + 4, hashed.to(tl.int32))
+    tl.store(entry + 5, (hashed >> 32).to(tl.int32))
+    tl.store(entry + 6, (infinite == 0).to(tl.int32))
+    tl.store(entry + 7, 0)
+    tl.store(tick + row, now + 1)
+    of = tl.load(last + row)
+    slot = tl.load(slots + of)
+    position = tl.minimum(tl.load(positions + of) + 1, LAST)
+    tl.store(newest + slot, token)
+    # the spare slot, which fills a batch up, begins anew each time: it must not grow long
+    tl.store(lengths + slot, tl.where(slot == SPARE, 0, position))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
@@ -108,8 +204,14 @@ def _rank(bits: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def _rank_id(rank: tl.tensor) -> tl.tensor:
-    return 0x7FFFFFFF - (rank & 0x7FFFFFFF)
+def _rank_id(rank: tl.tensor, V: tl.constexpr) -> tl.tensor:
+    return tl.minimum(0x7FFFFFFF - (rank & 0x7FFFFFFF), V - 1).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _rank_bits(rank: tl.tensor) -> tl.tensor:
+    ordered = (rank >> 32).to(tl.int32)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs

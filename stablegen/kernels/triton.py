@@ -4,54 +4,66 @@ from __future__ import annotations
 
 import torch
 
-from stablegen.kernels.attention import attention
-from stablegen.kernels.base import Activation, BestTwo, Linear
-from stablegen.kernels.layer_norm import layer_norm
-from stablegen.kernels.linear import linear
-from stablegen.kernels.scores import best_two
+from stablegen.kernels import attention, linear, norm, scores
+from stablegen.kernels.base import Cache, Linear, Norm, Placed, Rows
 
 
 class TritonKernels:
-    """The operations as Triton kernels, each beside its launcher and its fixed configuration."""
+    """The operations as Triton kernels, each beside its launcher and what fixes the order of its sums."""
 
     name = "triton"
-    version = 1
+    version = 2
+    tile = attention.TILE
+    paired = True
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Keep the layer as it is: the kernel reads a weight of any strides."""
-        return Linear(weight, bias)
+        """Lay a weight [K, N] out as [N, K]; float32 as pairs of float16."""
+        return linear.prepare(weight, bias)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        layer: Linear,
-        *,
-        activation: Activation = "none",
-        residual: torch.Tensor | None = None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Return ``activation(x @ weight + bias) + residual`` [M, N], accumulated in float32, rounded once."""
-        return linear(x, layer.weight, layer.bias, activation=activation, residual=residual, out_dtype=out_dtype)
+    def embed(
+        self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, following: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
+        """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand."""
+        return norm.embed(rows, cache, tokens, positions, following)
 
-    def layer_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, out_dtype: torch.dtype
+    def qkv(
+        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
     ) -> torch.Tensor:
-        """Return the rows' layer norm [M, E]; mean and biased variance in float32, two passes."""
-        return layer_norm(x, weight, bias, eps=eps, out_dtype=out_dtype)
+        """Return queries, their keys and values in the cache; of few newest tokens, summands of all three."""
+        if rows.tile == 1 and linear.few(len(rows.tokens)):
+            return linear.partial(x, layer)
+        return linear.qkv(x, layer, cache.keys[index], cache.values[index], placed.places)
 
     def attention(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
+        layer: Linear,
+        cache: Cache,
+        index: int,
+        rows: Rows,
+        placed: Placed,
         scale: float,
     ) -> torch.Tensor:
-        """Return causal attention [T, H, D]; keys are summed in absolute blocks, those behind a token never read."""
-        return attention(query, keys, values, slots=slots, positions=positions, scale=scale)
+        """Return causal attention [T, E] over layer ``index``, summed over keys in fixed absolute blocks."""
+        return attention.attention(query, layer, cache, index, rows, placed, scale)
 
-    def best_two(self, scores: torch.Tensor) -> BestTwo:
-        """Reduce rows of scores [M, V] float32 to what a decode step keeps."""
-        return best_two(scores)
+    def partial(self, x: torch.Tensor, layer: Linear, before: Linear | None = None) -> torch.Tensor:
+        """Return ``x @ weight`` as summands [P, T, N] float32."""
+        return linear.partial(x, layer, before if x.dtype == torch.float32 else None)
+
+    def add_norm(
+        self, x: torch.Tensor, partial: torch.Tensor, layer: Linear, following: Norm, select: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``x + (sum(partial) + bias)`` and its layer norm."""
+        assert layer.bias is not None
+        return norm.add_norm(x, partial, layer.bias, following, select)
+
+    def gelu(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """Return ``gelu_new(x @ weight + bias)`` [T, N]; of few tokens, summands of what gelu_new is taken of."""
+        return linear.partial(x, layer) if linear.few(x.shape[-2]) else linear.gelu(x, layer)
+
+    def choose(
+        self, x: torch.Tensor, layer: Linear, rows: Rows, placed: Placed, cache: Cache, into: torch.Tensor | None
+    ) -> None:
+        """Score the vocabulary, log what a step keeps, and advance the slots."""
+        scores.choose(x, layer, rows, placed, cache, into)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,8 @@ from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_engine
 from stablegen.engine.self_check import self_check
 from stablegen.frozen import Frozen
-from stablegen.numerics import find_device, numerics_on
-from stablegen.policy import Batch, Limits, Native, load_policy
+from stablegen.numerics import allows_static_cache, find_device, numerics_on
+from stablegen.policy import Batch, Native, Shape, load_policy
 from stablegen.record import SelfCheck, Verdict
 from stablegen.request import GenerationParams, Request
 from stablegen.tokenizer import Tokenizer
@@ -154,25 +155,26 @@ def _measure_policy(spec: str, dtype: str) -> Measured:
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, memory)
     policy = load_policy(spec)
     device = find_device("auto", dtype)
-    engine = load_engine(checkpoint, numerics_on(device, policy, dtype), device.name)
+    planned = numerics_on(device, policy, dtype, static_cache=allows_static_cache(checkpoint.config))
+    engine = load_engine(checkpoint, planned, device.name)
     params = GenerationParams(max_new_tokens=STEPS if policy.promises else LONG)
 
     def request(prompt: str) -> Request:
         return Request(tokenizer.encode(prompt), params, checkpoint.identity, tokenizer.digest, prompt)
 
     needles, others = [request(prompt) for prompt in PROMPTS], [request(prompt) for prompt in NEIGHBOURS]
-    checks: dict[int | None, SelfCheck] = {}
+    checks: dict[Shape, SelfCheck] = {}
 
     def plan(requests: list[Request]) -> Iterator[Batch]:
-        """Plan as the client does: each width measured once before it is used."""
-        widths: dict[int | None, list[Request]] = {}
+        """Plan as the client does: each shape measured once before it is used."""
+        shapes: dict[Shape, list[Request]] = {}
         for one in requests:
-            widths.setdefault(policy.width(len(one.prompt_ids), checkpoint.context), []).append(one)
-        for width, members in widths.items():
-            if width not in checks:
-                checks[width] = self_check(engine, checkpoint.vocabulary, width)
-            limits = Limits(checkpoint.context, engine.limits.max_rows, slot_free=checks[width].slot_free)
-            yield from policy.plan(members, limits)
+            shape = policy.shape(len(one.prompt_ids), one.params.max_new_tokens, engine.limits)
+            shapes.setdefault(shape, []).append(one)
+        for shape, members in shapes.items():
+            if shape not in checks:
+                checks[shape] = self_check(engine, checkpoint.vocabulary, *shape)
+            yield from policy.plan(members, replace(engine.limits, slot_free=checks[shape].slot_free))
 
     alone = {id(needle): _rows(engine, plan([needle]), [needle])[id(needle)] for needle in needles}
     rows = moved = 0
