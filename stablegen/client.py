@@ -97,7 +97,8 @@ class Client:
     Made by ``Client.from_pretrained``, ``Client.for_app``, or around a transformers model already loaded:
     ``Client(model, tokenizer)``. ``policy`` is how misses run, ``on_risk`` what happens to a flagged hit,
     ``accepted_risk`` the probability of divergence up to which a hit counts as stable, ``cache_dir`` the folder of
-    the cache (None: the user's), ``size_limit`` its size in bytes (None: nothing is ever evicted).
+    the cache (None: the user's), ``size_limit`` its size in bytes (None: nothing is ever evicted), ``kv_cache_size``
+    the bytes that keys and values may take under ``invariant`` (None: 2 GiB on a GPU, 1 GiB on a CPU).
 
     The model is loaded at the first miss. Raises a subclass of ``StablegenError`` for anything it cannot do.
     """
@@ -112,12 +113,14 @@ class Client:
         accepted_risk: float = DEFAULT_ACCEPTED_RISK,
         cache_dir: str | Path | None = None,
         size_limit: int | None = None,
+        kv_cache_size: int | None = None,
         app: str | None = None,
     ) -> None:
         from stablegen.hf import LoadedModel
 
         loaded = LoadedModel(model)
         chosen = load_policy(policy)
+        check_size("kv_cache_size", kv_cache_size)
 
         def plan() -> Numerics:
             device = find_device(loaded.device, loaded.dtype)
@@ -134,7 +137,7 @@ class Client:
         try:
             self._set_up(
                 loaded,
-                loaded.start,
+                lambda numerics: loaded.start(numerics, kv_cache_size),
                 Tokenizer.from_object(tokenizer),
                 plan,
                 on_risk=on_risk,
@@ -159,6 +162,7 @@ class Client:
         on_risk: OnRisk | None = None,
         accepted_risk: float | None = None,
         size_limit: int | None = None,
+        kv_cache_size: int | None = None,
         app: str | None = None,
     ) -> Client:
         """Return a client for a hub name, a local directory, or (None) the embedded ``tiny-gpt2``.
@@ -179,6 +183,7 @@ class Client:
             "on_risk": on_risk,
             "accepted_risk": accepted_risk,
             "size_limit": size_limit,
+            "kv_cache_size": kv_cache_size,
         }
         return cls.from_settings(load_settings(app, **{k: v for k, v in given.items() if v is not None}))
 
@@ -207,7 +212,7 @@ class Client:
             def start(numerics: Numerics) -> Engine:
                 from stablegen.engine.loading import load_engine
 
-                engine = load_engine(checkpoint, numerics, device.name)
+                engine = load_engine(checkpoint, numerics, device.name, settings.kv_cache_size)
                 if checkpoint.identity.source == "digest":
                     now = open_checkpoint(checkpoint.directory, None, memory).identity
                     if now.identity != checkpoint.identity.identity:
@@ -622,8 +627,7 @@ def _shown(record: Record) -> str:
 
 def open_store(cache_dir: str | Path | None, size_limit: int | None) -> Store:
     """Return the store in a directory; None means the user's own cache folder."""
-    if size_limit is not None and (isinstance(size_limit, bool) or size_limit < 1):
-        raise ConfigError(f"size_limit={size_limit!r}", accepted="a positive number of bytes, or None for no limit")
+    check_size("size_limit", size_limit)
     from stablegen.store.disk import DiskStore
 
     return DiskStore(cache_path(cache_dir), size_limit=size_limit)
@@ -636,3 +640,9 @@ def cache_path(cache_dir: str | Path | None) -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("stablegen")
+
+
+def check_size(name: str, size: int | None) -> None:
+    """Raise ``ConfigError`` for a number of bytes that is none."""
+    if size is not None and (isinstance(size, bool) or size < 1):
+        raise ConfigError(f"{name}={size!r}", accepted="a positive number of bytes, or None for the default")

@@ -38,6 +38,7 @@ _ACCEPTED: Mapping[str, str] = {key: ", ".join(words) for key, words in _CHOICES
     "cache_dir": "a folder such as '~/answers'",
     "accepted_risk": "a probability from 0 to 1",
     "size_limit": "a positive number of bytes, or a string such as '500MB' or '2GiB'",
+    "kv_cache_size": "a positive number of bytes, or a string such as '500MB' or '2GiB'",
 }
 
 
@@ -87,6 +88,9 @@ class Settings(BaseSettings):
     size_limit: Annotated[ByteSize, Field(ge=1)] | None = Field(
         None, description="Bytes the cache may take; None: nothing is ever evicted."
     )
+    kv_cache_size: Annotated[ByteSize, Field(ge=1)] | None = Field(
+        None, description="Bytes that keys and values may take under invariant; None: 2 GiB on a GPU, 1 GiB on a CPU."
+    )
 
     def __init__(self, *, layers: Sequence[Layer] = (), **values: Any) -> None:
         try:
@@ -123,14 +127,14 @@ class Settings(BaseSettings):
 
         return load_policy(value).spec
 
-    @field_validator("accepted_risk", "size_limit", mode="before")
+    @field_validator("accepted_risk", "size_limit", "kv_cache_size", mode="before")
     @classmethod
     def _check_number(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, bool):
             raise ValueError("is not a number")
         # ByteSize drops what follows the part it understands: "1,5GB" would be one byte.
         size = r"\s*(\d+\.?\d*|\.\d+)\s*[A-Za-z]*\s*"
-        if info.field_name == "size_limit" and isinstance(value, str) and not re.fullmatch(size, value):
+        if info.field_name != "accepted_risk" and isinstance(value, str) and not re.fullmatch(size, value):
             raise ValueError("is not a size")
         return value
 

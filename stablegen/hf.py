@@ -103,9 +103,9 @@ class LoadedModel:
         """Return the model's attention implementation."""
         return str(self.model.config._attn_implementation)
 
-    def start(self, numerics: Numerics) -> Engine:
+    def start(self, numerics: Numerics, kv_cache_size: int | None = None) -> Engine:
         """Return the engine around the model."""
-        return wrap_model(self.model, numerics, self.context)
+        return wrap_model(self.model, numerics, self.context, kv_cache_size)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

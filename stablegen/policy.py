@@ -54,7 +54,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What planning must know of the engine: the context in tokens, and how many rows fit at once.
+    """What planning must know of the engine: the context in tokens.
 
     ``slot_free`` is False where the self-check found that a row's slot moves its bits; then every request of a
     padded batch stands in slot 0 of a batch of its own. ``static_cache`` says that the engine's KV cache has a fixed
@@ -62,7 +62,6 @@ class Limits:
     """
 
     context: int
-    max_rows: int = 64
     slot_free: bool = True
     static_cache: bool = False
 
@@ -168,11 +167,8 @@ class Invariant(ExecutionPolicy):
         return "invariant"
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
-        """Return batches of what fits, in the order given; composition cannot matter."""
-        return [
-            Batch(tuple(requests[start : start + limits.max_rows]))
-            for start in range(0, len(requests), limits.max_rows)
-        ]
+        """Return everything as one batch: the engine runs what fits, and composition cannot matter."""
+        return [Batch(tuple(requests))] if requests else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,9 +51,7 @@ def test_only_padded_pads(policy: ExecutionPolicy, asked: list[Request], limits:
 def test_row_counts(asked: list[Request], limits: Limits) -> None:
     assert [len(batch.rows) for batch in Single().plan(asked, limits)] == [1] * len(asked)
     assert [len(batch.rows) for batch in Native().plan(asked, limits)] == [len(asked)] * bool(asked)
-    sizes = [len(batch.rows) for batch in Invariant().plan(asked, limits)]
-    full, rest = divmod(len(asked), limits.max_rows)
-    assert sizes == [limits.max_rows] * full + [rest] * bool(rest)
+    assert [len(batch.rows) for batch in Invariant().plan(asked, limits)] == [len(asked)] * bool(asked)
 
 
 @given(st.integers(1, 9), waiting, limits)

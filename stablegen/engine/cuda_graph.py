@@ -7,12 +7,15 @@ for the spare slot.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stablegen.engine.kv_cache import copy_in
+from stablegen.engine.kv_cache import KVCache, copy_in
 from stablegen.kernels.base import Rows
+
+if TYPE_CHECKING:
+    from stablegen.engine.gpt2 import GPT2
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of a graph; each is recorded when it is first needed."""
@@ -29,15 +32,22 @@ class Steps:
     """One-token passes over any rows: replayed where CUDA can record them, launched one by one where not."""
 
     def __init__(
-        self, forward: Callable[[Rows, torch.Tensor | None], None], device: torch.device, *, rows: int, spare: int, graphs: bool
+        self,
+        model: GPT2,
+        cache: KVCache,
+        *,
+        rows: int,
+        graphs: bool,
     ) -> None:
-        self._forward = forward
+        device = model.device
+        self._model = model
+        self._cache = cache
         self._device = device
         self._sizes = buckets(rows)
-        self._spare = spare
+        self._spare = spare = cache.spare
         self._use_graphs = graphs and device.type == "cuda"
         self._recorded: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         # written by the host when rows come or go: slots, log entries
         self._control = torch.full((2, rows), spare, dtype=torch.int32, device=device)
         self._newest = torch.full((rows,), -1, dtype=torch.int32, device=device)
@@ -76,7 +86,7 @@ class Steps:
         scores = None
         if vocabulary is not None:
             scores = torch.empty(size, vocabulary, dtype=torch.float32, device=self._device)
-        self._forward(self._rows(size), scores)
+        self._model.forward(self._rows(size), self._cache, scores)
         return scores
 
     def _record(self, size: int, tick: int, vocabulary: int | None) -> None:
@@ -86,7 +96,7 @@ class Steps:
         self._control[1, :size] = tick  # the entry that is written next anyway
         self._eager(size, vocabulary)
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             # state that torch makes for its first recording would be closed to later ones outside of inference mode

@@ -32,7 +32,7 @@ from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError, No
 from stablegen.kernels.base import PAGE, KernelSet, Linear, Norm, Rows
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
-from stablegen.record import Composition, FinishReason, Trace
+from stablegen.record import Composition, Trace
 
 CHUNK = {"cuda": 4096, "cpu": 2048}
 """Tokens of one pass at most, by device: longer prefills are cut, which moves no bit."""
@@ -172,8 +172,8 @@ class GPT2:
 class GPT2Engine:
     """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's.
 
-    ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_bytes``: the bound
-    on keys and values. ``graphs``: whether one-token passes are recorded. None of them moves a bit.
+    ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_bytes``: the
+    bound on keys and values. ``graphs``: whether one-token passes are recorded. None of them moves a bit.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class GPT2Engine:
     def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
         """Yield each request of the batch as it finishes.
 
-        Where the device's memory does not suffice, fewer rows run at once and shorter chunks; no answer changes by that.
+        Where the device's memory does not suffice, fewer rows and shorter chunks run at once; no answer changes by it.
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``,
         ``DeviceMemoryError`` where not even one row fits.
         """
@@ -241,13 +241,13 @@ class GPT2Engine:
                 if not cache.fits(positions):
                     raise DeviceMemoryError(
                         f"{positions} positions do not fit into a KV cache of {cache.bytes / 2**20:.0f} MiB",
-                        hint="Raise kv_cache_gib, ask for fewer new tokens, or use a 16-bit dtype",
+                        hint="Raise kv_cache_size, ask for fewer new tokens, or use a 16-bit dtype",
                     )
             run = _Run(self, Scheduler(requests.items(), cache, chunk=self.chunk), cache, steps, observe)
             try:
                 for row in run:
                     del requests[row.slot]
-                    if row.failed:
+                    if row.finish_reason is None:
                         failed.append(row)
                         continue
                     yield Generated(
@@ -286,18 +286,13 @@ class GPT2Engine:
             pages = min(self.kv_cache_bytes // model.kv_cache_bytes_per_page(), self.max_rows * per_slot)
             if pages < 1:
                 raise DeviceMemoryError(
-                    f"kv_cache_gib={self.kv_cache_bytes / 2**30:.4g} holds not one page of {PAGE} positions",
-                    accepted=f"at least {model.kv_cache_bytes_per_page() / 2**30:.4g}",
+                    f"kv_cache_size={self.kv_cache_bytes} bytes hold not one page of {PAGE} positions",
+                    accepted=f"at least {model.kv_cache_bytes_per_page()}",
                 )
             try:
                 cache = model.new_cache(self.max_rows, pages)
-                self._memory = cache, Steps(
-                    lambda rows, scores, cache=cache: model.forward(rows, cache, scores),  # type: ignore[misc]
-                    model.device,
-                    rows=self.max_rows,
-                    spare=cache.spare,
-                    graphs=self.graphs,
-                )
+                steps = Steps(model, cache, rows=self.max_rows, graphs=self.graphs)
+                self._memory = cache, steps
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
         return self._memory
@@ -307,7 +302,7 @@ class GPT2Engine:
         if self.max_rows == 1 and self.chunk <= PAGE:
             raise DeviceMemoryError(
                 "not even one row fits into the device's memory",
-                hint="Free memory on the device, lower kv_cache_gib, or use a 16-bit dtype or a smaller model",
+                hint="Free memory on the device, lower kv_cache_size, or use a 16-bit dtype or a smaller model",
             ) from error
         self.max_rows = max(1, self.max_rows // 2)
         self.chunk = max(PAGE, self.chunk // 2)
@@ -326,7 +321,7 @@ class _Look:
     done: torch.cuda.Event | None
 
     def arrived(self) -> bool:
-        return self.done is None or self.done.query()
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> list[list[list[int]]]:
         if self.done is not None:
@@ -371,9 +366,9 @@ class _Run:
     def _device_work(self, action: Callable[[], _T]) -> _T:
         # a caller's autocast would compute in another dtype than the numerics say
         device = self._model.device
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            with cpu_threads(self._engine.numerics.threads):
-                return action()
+        threads = self._engine.numerics.threads
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_threads(threads):
+            return action()
 
     def _advance(self) -> None:
         """Run the next pass, as often as it may repeat before the log is looked at."""
@@ -415,12 +410,16 @@ class _Run:
         width = max(map(len, self._unread))
         first = (self._tick - count) % TICKS
         log = self._cache.log[:, :width]
-        part = log[first : first + count] if first + count <= TICKS else torch.cat([log[first:], log[: first + count - TICKS]])
+        part = (
+            log[first : first + count]
+            if first + count <= TICKS
+            else torch.cat([log[first:], log[: first + count - TICKS]])
+        )
         done = None
         if log.is_cuda:
             words = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
             words.copy_(part, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         else:
             words = part.clone()
@@ -431,11 +430,9 @@ class _Run:
         """Give the rows what was logged of them; yield those that end by it."""
         for rows, entries in zip(look.rows, look.wait(), strict=True):
             for row, words in zip(rows, entries, strict=False):  # other passes were wider
-                if not row.finished:
-                    row.read(words)
-                    if row.finished:
-                        self._scheduler.drop(row)
-                        yield row
+                if not row.finished and row.read(words):
+                    self._scheduler.drop(row)
+                    yield row
 
 
 def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) -> tuple[Rows, int]:
@@ -466,7 +463,8 @@ def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) ->
     parts = [tokens, slots, positions, first, counts, last, [tick] * len(last)]
     control = torch.empty(sum(map(len, parts)), dtype=torch.int32, device=device)
     copy_in(torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts])), control)
-    return Rows(*control.split([len(part) for part in parts]), tile=tile, spans=tuple(spans)), len(last)
+    ids, of, at, begins, lengths, wanted, ticks = torch.split(control, [len(part) for part in parts])
+    return Rows(ids, of, at, begins, lengths, wanted, ticks, tile, tuple(spans)), len(last)
 
 
 def _tensors(owner: object) -> Iterator[torch.Tensor]:

@@ -23,14 +23,14 @@ from stablegen.numerics import Numerics, allows_static_cache, find_device, numer
 from stablegen.policy import Invariant, load_policy
 
 
-def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str) -> Engine:
+def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str, kv_cache_size: int | None = None) -> Engine:
     """Return the engine for ``planned`` over a checkpoint's weights, on torch's ``device``.
 
     Its ``numerics`` are what torch reports. Raises ``CheckpointError`` for weights that are damaged, incomplete or
     not finite, ``DeviceError`` where torch cannot use the device.
     """
     try:
-        return _load(checkpoint, planned, torch_device(device))
+        return _load(checkpoint, planned, torch_device(device), kv_cache_size)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"the model {checkpoint.identity.name} did not fit into the memory of {device}",
@@ -38,26 +38,26 @@ def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str) -> Engin
         ) from error
 
 
-def _load(checkpoint: Checkpoint, planned: Numerics, target: torch.device) -> Engine:
+def _load(checkpoint: Checkpoint, planned: Numerics, target: torch.device, kv_cache_size: int | None) -> Engine:
     policy = load_policy(planned.policy)
     dtype = getattr(torch, planned.dtype)
     if isinstance(policy, Invariant):
         tensors = _read_weights(checkpoint)
         model = GPT2(checkpoint.config, tensors, kernels_for(target), dtype=dtype, device=target)
-        return GPT2Engine(model, observed(planned, target))
+        return GPT2Engine(model, observed(planned, target), kv_cache_bytes=kv_cache_size)
     loaded = _load_transformers(checkpoint, dtype, target)
     static = allows_static_cache(checkpoint.config)
     numerics = observed(planned, target, attention=loaded.config._attn_implementation, static_cache=static)
     return TransformersEngine(loaded, numerics, context=checkpoint.context)
 
 
-def wrap_model(model: Any, planned: Numerics, context: int) -> Engine:
+def wrap_model(model: Any, planned: Numerics, context: int, kv_cache_size: int | None = None) -> Engine:
     """Return the engine for ``planned`` around a transformers model that is loaded already, where it is."""
     if isinstance(load_policy(planned.policy), Invariant):
         config = model.config.to_dict()
         kernels = kernels_for(model.device)
         own = GPT2(config, model.state_dict(), kernels, dtype=getattr(torch, planned.dtype), device=model.device)
-        return GPT2Engine(own, observed(planned, model.device))
+        return GPT2Engine(own, observed(planned, model.device), kv_cache_bytes=kv_cache_size)
     numerics = observed(
         planned,
         model.device,

@@ -38,8 +38,8 @@ class Row:
         """Return whether nothing more is to be read of it."""
         return self.failed or self.finish_reason is not None
 
-    def read(self, words: Sequence[int]) -> None:
-        """Take one step's words from the log."""
+    def read(self, words: Sequence[int]) -> bool:
+        """Take one step's words from the log; return whether it was the last."""
         self.steps.append(words)
         params = self.request.params
         if not words[6]:
@@ -48,6 +48,7 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.steps) == params.max_new_tokens:
             self.finish_reason = "length"
+        return self.finished
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -103,7 +104,10 @@ class Scheduler:
             self.running.append(Row(slot, request, lease, lease.shared))
 
     def compose(self) -> tuple[list[Piece], int]:
-        """Return the next pass, one token of each row that decodes and chunks of prompts, and how often it may repeat."""
+        """Return the next pass, and how often it may repeat.
+
+        Each row that decodes contributes one token, the others chunks of their prompts.
+        """
         room = self._chunk
         pieces = []
         for row in self.running:
@@ -144,5 +148,3 @@ class Scheduler:
         # its slot and pages may go to others at once: their passes come later on the same stream
         self.running.remove(row)
         self._cache.release(row.lease)
-
-

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from stablegen.kernels.base import Cache, Linear, Placed, Rows
-from stablegen.kernels.launch import begin, invite, options
+from stablegen.kernels.launch import begin, invite, options, prefetch
 from stablegen.kernels.linear import EXPONENT, block_product, load_pair, operand, pair, store_operand
 
 BLOCK_KEYS = {False: 128, True: 64}
@@ -49,9 +49,9 @@ def attention(
 ) -> torch.Tensor:
     """Return causal attention [T, E] as an operand; what lies behind a token's position weighs zero.
 
-    Where ``query`` comes as summands of ``layer``, they are added up and biased here, and key and value are stored. The
-    order of a sum cannot depend on the batch: keys come in absolute blocks in ascending order, and a tile's rows are rows
-    of the same instructions whichever and however many they are.
+    Where ``query`` comes as summands of ``layer``, they are added up and biased here, and key and value are stored.
+    The order of a sum cannot depend on the batch: keys come in absolute blocks in ascending order, and a tile's rows
+    are rows of the same instructions whichever and however many they are.
     """
     keys, values = cache.keys[index], cache.values[index]
     _, heads, page, size = keys.shape[-4:]
@@ -97,7 +97,7 @@ def attention(
 
 
 def _tile(count: int, paired: bool) -> AttentionTile:
-    return AttentionTile(16 if count == 1 else TILE, 4, 2)
+    return AttentionTile(16 if count == 1 else TILE, 4, 1 if count == 1 else 2)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no stubs
@@ -152,6 +152,15 @@ def _attention(  # launched by position
         spot = _spot(table, slot, offset, there, head, PAGES, HEADS, D, PAGE)
         k_high, k_low = _load_keys(keys, spot, there, feature, inside, size, PAIRED)
         v_high, v_low = _load_values(values, spot, there, feature, inside, size, PAIRED)
+        if EARLY:  # what the second step takes comes from far away too
+            further = _spot(
+                table, slot, offset + BLOCK_KEYS, offset + BLOCK_KEYS < position, head, PAGES, HEADS, D, PAGE
+            )
+            prefetch(keys + further)
+            prefetch(values + further)
+            if PAIRED:
+                prefetch(keys + size + further)
+                prefetch(values + size + further)
         own = _spot(table, slot, position + tl.zeros_like(feature), inside, head, PAGES, HEADS, D, PAGE) + feature
         if PARTS > 0:
             q_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -207,9 +216,7 @@ def _attention(  # launched by position
     reach = (position + row)[:, None]
     q = (q_high, q_low)
     seen = offset[None, :] <= reach
-    best, weight, result = _take(
-        q, (k_high, k_low), (v_high, v_low), seen, best, weight, result, scale, PAIRED, WIDEN
-    )
+    best, weight, result = _take(q, (k_high, k_low), (v_high, v_low), seen, best, weight, result, scale, PAIRED, WIDEN)
     for start in range(BLOCK_KEYS, position + count, BLOCK_KEYS):
         key = start + offset
         there = key < position + count

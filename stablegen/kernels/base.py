@@ -23,7 +23,8 @@ LOG_WIDTH = 8
 class Linear:
     """One affine layer [K, N] as its kernel set laid it out; ``weight`` and ``bias`` are the set's own.
 
-    ``exponent``: where ``weight`` holds pairs of float16 in place of float32, they are those of ``weight * 2**exponent``.
+    ``exponent``: where ``weight`` holds pairs of float16 in place of float32, they are those of
+    ``weight * 2**exponent``.
     """
 
     weight: torch.Tensor
@@ -53,9 +54,9 @@ class Rows:
 
     ``tokens`` [T]: ids, or -1 for the newest token of its slot. ``slots`` [T]. ``positions`` [T]: absolute, or -1 for
     the next one of its slot. ``tile_first``, ``tile_count`` [Q]: each tile is a run of at most ``tile`` tokens of one
-    slot at consecutive positions; a ``tile`` of 1 says that every token is its slot's newest, -1. ``last`` [R]: the tokens whose scores are wanted. ``tick`` [R]: the entry of the
-    log to be written, one ahead after each pass. ``spans``: on the host, each slot's (first token, how many, first
-    position), where a pass is not one token a slot.
+    slot at consecutive positions; a ``tile`` of 1 says that every token is its slot's newest, -1. ``last`` [R]: the
+    tokens whose scores are wanted. ``tick`` [R]: the entry of the log to be written, one ahead after each pass.
+    ``spans``: on the host, each slot's (first token, how many, first position), where a pass is not one token a slot.
     """
 
     tokens: torch.Tensor
@@ -111,7 +112,8 @@ class BestTwo:
 class KernelSet(Protocol):
     """The operations, in the order of a forward pass; T tokens, E features, H heads of D, V tokens.
 
-    What they hand to each other, beside the residual stream, is laid out as the set likes: low precision, pairs, summands.
+    What they hand to each other, beside the residual stream, is laid out as the set likes: in 16 bits, as pairs, as
+    summands.
     """
 
     name: str
@@ -135,9 +137,7 @@ class KernelSet(Protocol):
         """
         ...
 
-    def qkv(
-        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
-    ) -> torch.Tensor:
+    def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return what ``attention`` wants as queries; by then keys and values are in layer ``index`` of the cache."""
         ...
 

@@ -47,5 +47,10 @@ def invite(EARLY: tl.constexpr) -> None:
 def prefetch(pointers: tl.tensor) -> None:
     """Ask for the 128-byte lines behind the pointers to be brought into the L2 cache."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )

@@ -1,8 +1,8 @@
 """Affine layers in Triton: sums of tensor-core steps whose order is fixed by dtype, N and K.
 
-**Why no batch can move a bit.** K is cut into ``splits`` slices and these into blocks of ``block_k``. A block is a chain
-of ``mma.sync`` steps over ascending k that begins at zero; blocks are added up in their order in float32, outside of the
-tensor cores, and so are slices. ``linear_plan`` fixes all of this from dtype, N and K. The number of rows decides only
+**Why no batch can move a bit.** K is cut into ``splits`` slices and these into blocks of ``block_k``. A block is a
+chain of ``mma.sync`` steps over ascending k that begins at zero; blocks are added up in their order in float32, outside
+of the tensor cores, and so are slices. ``linear_plan`` fixes all of this from N and K. The number of rows decides only
 which outputs a program computes (``_tile``), when it fetches what it needs, and whether the slices of an output meet in
 one program or in the kernel that reads its summands. A tile of 64 rows or more never has four warps or more, for then
 Triton would choose ``wgmma`` on Hopper, an instruction of another shape.
@@ -24,7 +24,6 @@ import triton.language as tl
 
 from stablegen.kernels.base import Linear
 from stablegen.kernels.launch import begin, invite, options, prefetch
-
 
 BLOCK_K = 64
 """Elements of K in a block."""
@@ -63,8 +62,9 @@ class Tile:
 
 def linear_plan(n: int, k: int) -> LinearPlan:
     """Return the order of the sums of a layer [K, N]; the number of rows is no argument."""
-    # a layer of few columns is cut so that its programs occupy every processor
-    splits = max(1, min(-(-k // 256), -(-6144 // n)))
+    # A layer of few columns is cut so that its programs occupy every processor, any layer so that a program can hold
+    # the weights of its slice in registers; a head has columns enough.
+    splits = 1 if n > 16384 else max(-(-k // 512), min(-(-k // 256), -(-9216 // n)))
     slice_k = -(-k // (splits * BLOCK_K)) * BLOCK_K
     return LinearPlan(-(-k // slice_k), slice_k, BLOCK_K)
 
@@ -95,8 +95,9 @@ def prepare(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 def partial(x: torch.Tensor, layer: Linear, before: Linear | None = None, tile: Tile | None = None) -> torch.Tensor:
     """Return ``x @ weight`` [P, M, N] float32, to be added up in order; P is 1 where a program added all slices.
 
-    With ``before``, x is what ``partial`` returned for that layer, and is added up, biased and put through gelu_new as it
-    is read. The order of a sum cannot depend on the batch: it is the plan's, and both ways add the same slices in it.
+    With ``before``, x is what ``partial`` returned for that layer, and is added up, biased and put through gelu_new as
+    it is read. The order of a sum cannot depend on the batch: it is the plan's, and both ways add the same slices in
+    it.
     """
     rows = x.shape[-2]
     plan = linear_plan(layer.n, layer.k)
@@ -115,6 +116,7 @@ def partial(x: torch.Tensor, layer: Linear, before: Linear | None = None, tile: 
             layer.n,
             layer.k,
             PARTS=0 if before is None else len(x),
+            ONE=rows == 1,
             SLICES=plan.splits // programs,
             **compiled(layer, plan, tile),
         )
@@ -194,15 +196,18 @@ def few(rows: int) -> bool:
 def _tile(layer: Linear, rows: int) -> Tile:
     """Return which outputs a program computes: a matter of speed alone."""
     if few(rows):
-        blocks = linear_plan(layer.n, layer.k).slice_k // BLOCK_K
-        # what a program holds ahead must fit into its registers
-        wide = blocks * (2 if layer.paired else 1) <= 8
-        return Tile(16, 32 if wide else 16, 4, 3, split_programs=True, ahead=True)
-    if rows <= 64:
-        return Tile(32, 64, 4, 3 if layer.paired else 4)
+        plan = linear_plan(layer.n, layer.k)
+        # what a program holds ahead must fit into its registers, and there should be a program for each processor
+        most = 1536 // (plan.slice_k // BLOCK_K * (4 if layer.paired else 2))
+        columns = 64 if most >= 64 and layer.n * plan.splits >= 64 * 96 and not layer.paired else 32
+        return Tile(16, columns if columns <= most else 16, 4, 3, split_programs=True, ahead=True)
     if layer.paired:
-        return Tile(32, 128, 4, 3) if rows > 512 else Tile(32, 64, 4, 3)
-    return Tile(64, 64, 2, 3)
+        if rows <= 64:
+            return Tile(32, 64, 4, 3, split_programs=True)
+        return Tile(64, 32, 2, 3, split_programs=True) if rows <= 512 else Tile(32, 128, 4, 3)
+    if rows <= 64:
+        return Tile(32, 32, 4, 4) if layer.n >= 2048 else Tile(64, 32, 2, 4, split_programs=True)
+    return Tile(64, 32, 2, 3, split_programs=True) if rows <= 512 else Tile(64, 64, 2, 3)
 
 
 def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, object]:
@@ -217,7 +222,7 @@ def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, object]:
         "AHEAD": tile.ahead,
         "PAIRED": layer.paired,
         # what the sums of pairs are to be multiplied with: a power of two, so nothing is rounded
-        "UNIT": 2.0 ** (-layer.exponent - EXPONENT) if layer.paired else 1.0,
+        "UNIT": 1.0 if layer.exponent is None else 2.0 ** (-layer.exponent - EXPONENT),
         # the interpreter multiplies the bit patterns of bfloat16; the products are the same in float32
         "WIDEN": weight.dtype == torch.bfloat16 and not weight.is_cuda,
         "num_warps": tile.num_warps,
@@ -227,7 +232,9 @@ def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, object]:
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def place(M: tl.tensor, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
+def place(
+    M: tl.tensor, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+) -> tl.tensor:
     """Return the rows and columns of this program's tile: row tiles take turns, so that they share columns in L2."""
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -269,6 +276,7 @@ def product(
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    ONE: tl.constexpr,  # whether there is but one row
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -284,19 +292,19 @@ def product(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if AHEAD and SLICES == 1:
         # all weights are on their way before the kernel waits for its rows
-        EVEN: tl.constexpr = K % SLICE == 0
+        EVEN_SLICE: tl.constexpr = K % SLICE == 0
         held = ()
         for block in tl.static_range(SLICE // BLOCK_K):
             k = start + block * BLOCK_K
-            held = held + (_load_weight(weight, columns, k, N, K, BLOCK_N, BLOCK_K, EVEN, PAIRED),)
+            held = held + (_load_weight(weight, columns, k, N, K, BLOCK_N, BLOCK_K, EVEN_SLICE, PAIRED),)  # type: ignore[assignment]
         begin(EARLY)
         read = ()
         for block in tl.static_range(SLICE // BLOCK_K):
             k = start + block * BLOCK_K
             if PARTS > 0:
-                read = read + (_load_summands(x, bias, rows, k, M, K, PARTS, BLOCK_K, EVEN, PAIRED, weight),)
+                read = read + (_load_summands(x, bias, rows, k, M, K, PARTS, ONE, BLOCK_K, PAIRED, weight),)  # type: ignore[assignment]
             else:
-                read = read + (_load_rows(x, rows, k, M, K, BLOCK_K, EVEN, PAIRED),)
+                read = read + (_load_rows(x, rows, k, M, K, BLOCK_K, EVEN_SLICE, PAIRED),)  # type: ignore[assignment]
         for block in tl.static_range(SLICE // BLOCK_K):
             total += block_product(read[block], held[block], PAIRED, WIDEN)
     else:
@@ -373,13 +381,22 @@ def _load_summands(
     M: tl.tensor,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
     PAIRED: tl.constexpr,
     like: tl.tensor,
 ) -> tl.tensor:
-    """Return a block of rows made of summands: added up, biased, put through gelu_new, and rounded as ``_gelu`` does."""
+    """Return a block of rows made of summands: added up, biased, through gelu_new, and rounded as ``_gelu`` does."""
     depth = k + tl.arange(0, BLOCK_K)
+    if ONE:  # the same, without the fifteen rows that are not there
+        content = tl.load(x + depth, mask=depth < K, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            content += tl.load(x + part * K + depth, mask=depth < K, other=0.0)
+        content += tl.load(bias + depth, mask=depth < K, other=0.0).to(tl.float32)
+        high, low = pair(_gelu_new(content), like.dtype.element_ty, PAIRED)
+        here = (rows == 0)[:, None] & (depth < K)[None, :]
+        high = tl.where(here, high[None, :], 0.0).to(like.dtype.element_ty)
+        return high, tl.where(here, low[None, :], 0.0).to(like.dtype.element_ty)
     pointers = x + rows.to(tl.int64)[:, None] * K + depth[None, :]
     mask = (rows < M)[:, None] & (depth < K)[None, :]
     content = tl.load(pointers, mask=mask, other=0.0)
@@ -391,6 +408,7 @@ def _load_summands(
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def load_pair(pointers: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> tl.tensor:
+    """Return what lies behind the pointers and, of pairs, the lower halves ``size`` elements further; else it twice."""
     if mask is None:
         high = tl.load(pointers)
         low = tl.load(pointers + size) if PAIRED else high
@@ -427,9 +445,7 @@ def pair(x: tl.tensor, dtype: tl.constexpr, PAIRED: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def store_operand(
-    to: tl.tensor, x: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr
-) -> None:
+def store_operand(to: tl.tensor, x: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> None:
     """Store float32 activations as operands; the lower halves of pairs lie ``size`` elements behind."""
     high, low = pair(x, to.dtype.element_ty, PAIRED)
     tl.store(to, high, mask=mask)
@@ -447,6 +463,7 @@ def _partial(  # launched by position
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    ONE: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -474,6 +491,7 @@ def _partial(  # launched by position
         N,
         K,
         PARTS,
+        ONE,
         SLICES,
         SLICE,
         BLOCK_M,
@@ -523,6 +541,7 @@ def _gelu(  # launched by position
         N,
         K,
         0,
+        False,
         SLICES,
         SLICE,
         BLOCK_M,
@@ -589,6 +608,7 @@ def _qkv(  # launched by position
         N,
         K,
         0,
+        False,
         SLICES,
         SLICE,
         BLOCK_M,

@@ -45,9 +45,7 @@ class ReferenceKernels:
         x = tokens.weight.t()[ids.long()] + positions[at.long()].float()
         return x, layer_norm(x, norm, positions.dtype), Placed(rows.slots, at, places)
 
-    def qkv(
-        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
-    ) -> torch.Tensor:
+    def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return queries [T, E]; keys and values go into layer ``index`` of the cache."""
         _, heads, page, size = cache.keys[index].shape
         result = self.linear(x, layer).to(x.dtype).view(len(x), 3, heads, size)

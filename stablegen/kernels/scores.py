@@ -31,8 +31,8 @@ def choose(
 ) -> None:
     """Score the vocabulary, log the two best and the hash of each row, and advance the rows' slots.
 
-    The order of a sum cannot depend on the batch: K is one chain of steps in one program, and what is made of the scores
-    is exact.
+    The order of a sum cannot depend on the batch: one program adds up all blocks of K in their order, and what is made
+    of the scores is exact.
     """
     count = x.shape[-2]
     plan = linear_plan(layer.n, layer.k)
@@ -66,11 +66,11 @@ def choose(
 
 
 def _tile(layer: Linear, rows: int) -> Tile:
-    if layer.paired:
-        return Tile(16, 64, 4, 3) if rows <= 16 else Tile(32, 128, 4, 3)
     if rows <= 16:
-        return Tile(16, 64, 4, 3)
-    return Tile(32, 128, 4, 3) if rows <= 64 else Tile(64, 128, 2, 3)
+        return Tile(16, 32, 2, 4) if layer.paired else Tile(16, 64, 4, 3)
+    if layer.paired:
+        return Tile(64, 32, 2, 4) if rows <= 64 else Tile(32, 128, 4, 3)
+    return Tile(64, 64, 2, 3) if rows <= 64 else Tile(64, 128, 2, 3)
 
 
 @triton.jit(do_not_specialize=["M", "scores"])  # type: ignore[untyped-decorator]  # triton has no stubs
@@ -107,6 +107,7 @@ def _score(  # launched by position
         N,
         K,
         0,
+        False,
         SLICES,
         SLICE,
         BLOCK_M,
@@ -121,9 +122,7 @@ def _score(  # launched by position
     row_ok = rows < M
     inside = (columns < N)[None, :]
     if scores is not None:
-        tl.store(
-            scores + rows.to(tl.int64)[:, None] * N + columns[None, :], total, mask=row_ok[:, None] & inside
-        )
+        tl.store(scores + rows.to(tl.int64)[:, None] * N + columns[None, :], total, mask=row_ok[:, None] & inside)
     bits = total.to(tl.int32, bitcast=True)
     hashed = _fold(bits.to(tl.int64).to(tl.uint64, bitcast=True) * _hash_key(columns)[None, :])
     hashed = tl.sum(tl.where(inside, hashed.to(tl.int64, bitcast=True), 0), axis=1)

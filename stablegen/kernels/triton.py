@@ -26,9 +26,7 @@ class TritonKernels:
         """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand."""
         return norm.embed(rows, cache, tokens, positions, following)
 
-    def qkv(
-        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
-    ) -> torch.Tensor:
+    def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return queries, their keys and values in the cache; of few newest tokens, summands of all three."""
         if rows.tile == 1 and linear.few(len(rows.tokens)):
             return linear.partial(x, layer)

@@ -41,9 +41,7 @@ class VendorKernels:
         x = tokens.weight.t()[ids] + positions[at]
         return x, _norm(x, norm), Placed(rows.slots, at, at)
 
-    def qkv(
-        self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed
-    ) -> torch.Tensor:
+    def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return queries [T, E]; keys and values are kept."""
         _, heads, _, size = cache.keys[index].shape
         if index not in self._kept:
