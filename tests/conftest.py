@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +73,8 @@ def compare(request: pytest.FixtureRequest, comparisons: list[Comparison]) -> Ca
 
 
 def _write_results(folder: Path, gathered: list[Comparison]) -> None:
+    from invariance import slug_of
+
     from stablegen.numerics import version_of
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,5 @@ def _write_results(folder: Path, gathered: list[Comparison]) -> None:
             "native_differing": sum(comparison.differing for comparison in mine if comparison.policy == "native"),
             "comparisons": [comparison.to_dict() for comparison in mine],
         }
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        name = f"invariance-{slug}{'-' if worker else ''}{worker}.json"
+        name = f"invariance-{slug_of(device)}{'-' if worker else ''}{worker}.json"
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

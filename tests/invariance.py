@@ -1,17 +1,22 @@
 """Run requests in many companies, collect their full score rows, and count the rows whose bits moved.
 
-Shared by the tests on a CPU and on a GPU. Run as a script it prints what another process computes.
+Shared by the tests on a CPU and on a GPU. As a script, with the repository on PYTHONPATH, it computes for others:
+``record FILE`` keeps what the ``invariant`` policy gives here, ``replay FILE`` says whether another GPU gives the same.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import stablegen
@@ -26,11 +32,12 @@ from stablegen.checkpoint import context_of
 from stablegen.client import Client
 from stablegen.engine.base import Engine
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
-from stablegen.engine.kv_cache import KVCache
-from stablegen.engine.loading import wrap_model
+from stablegen.engine.kv_cache import KVCache, Lease
+from stablegen.engine.loading import kernels_for, wrap_model
+from stablegen.engine.scheduler import Piece, Scheduler
 from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
 from stablegen.kernels.reference import ReferenceKernels, best_two
-from stablegen.numerics import find_device, numerics_on
+from stablegen.numerics import Numerics, find_device, numerics_on
 from stablegen.policy import Batch, load_policy
 from stablegen.record import Trace
 from stablegen.request import GenerationParams, ModelIdentity, Request
@@ -79,6 +86,13 @@ def make_engine(name: str, policy: str, dtype: str, device: str = "cpu") -> Engi
 shared_engine = cache(make_engine)
 
 
+def invariant_engine(name: str, dtype: str, device: str = "cpu", **settings: Any) -> GPT2Engine:
+    """Return a new engine of ``invariant``, with the engine's own settings, over weights that are loaded once."""
+    shared = shared_engine(name, "invariant", dtype, device)
+    assert isinstance(shared, GPT2Engine)
+    return GPT2Engine(shared.model, shared.numerics, **settings)
+
+
 def own_model(name: str, dtype: str, device: str = "cpu") -> GPT2:
     """Return stablegen's own forward pass over a GPT-2."""
     engine = shared_engine(name, "invariant", dtype, device)
@@ -104,10 +118,11 @@ def make_request(ids: Sequence[int], steps: int = 3) -> Request:
     return Request(tuple(ids), params, ModelIdentity(source="digest", digest="test"), "")
 
 
-def make_pool(name: str, count: int = 33, longest: int = 12, seed: int = 0) -> list[Request]:
-    """Return requests of 1 to ``longest`` tokens and 1 to 3 steps, so that batches shrink as they run."""
+def make_pool(name: str, count: int = 33, longest: int = 12, seed: int = 0, least: int = 1) -> list[Request]:
+    """Return requests of 1 to ``longest`` tokens and ``least`` to 2 more steps, so that batches shrink as they run."""
     vocabulary = vocabulary_of(name)
-    return [make_request(make_ids(seed + i, 1 + 5 * i % longest, vocabulary), 3 - i % 3) for i in range(count)]
+    budgets = [least + 2 - i % 3 for i in range(count)]
+    return [make_request(make_ids(seed + i, 1 + 5 * i % longest, vocabulary), n) for i, n in enumerate(budgets)]
 
 
 @dataclass(frozen=True)
@@ -118,25 +133,100 @@ class Answer:
     scores: torch.Tensor
 
 
-def run(engine: Engine, batch: Batch) -> dict[int, Answer]:
-    """Return the answers of a batch by slot; the traces must say what the score rows are."""
+def run(engine: Engine, batch: Batch, *, warm: bool = False) -> dict[int, Answer]:
+    """Return the answers of a batch by slot; the traces must say what the score rows are.
+
+    Unless ``warm``, nothing is taken from an earlier batch: what was right there would hide what is wrong here.
+    """
+    if isinstance(engine, GPT2Engine) and not warm:
+        engine.forget()
     rows: dict[int, list[torch.Tensor]] = {}
     done = list(engine.generate(batch, lambda slot, scores: rows.setdefault(slot, []).append(scores.clone())))
-    answers = {}
-    for generated in done:
-        slot = generated.composition.slot
-        assert generated.request is batch.rows[slot]
-        scores, trace = torch.stack(rows[slot]), generated.trace
-        best = best_two(scores)
-        assert [value & 0xFFFFFFFFFFFFFFFF for value in best.hashes.tolist()] == list(trace.score_hash)
-        assert best.tokens.tolist() == [list(pair) for pair in zip(trace.tokens, trace.runner_ups, strict=True)]
-        answers[slot] = Answer(trace, scores)
-    assert len(answers) == len(batch.requests)
-    return answers
+    assert sorted(one.composition.slot for one in done) == [slot for slot, _ in batch.requests]
+    assert all(one.request is batch.rows[one.composition.slot] for one in done)
+    seen = [scores for one in done for scores in rows[one.composition.slot]]
+    said = [step for one in done for step in _steps(one.trace)]
+    assert len(seen) == len(said)
+    for start in range(0, len(seen), 128):
+        best = best_two(torch.stack(seen[start : start + 128]))
+        hashes = [value & 0xFFFFFFFFFFFFFFFF for value in best.hashes.tolist()]
+        assert [(*pair, value) for pair, value in zip(best.tokens.tolist(), hashes, strict=True)] == said[
+            start : start + 128
+        ]
+    return {one.composition.slot: Answer(one.trace, torch.stack(rows[one.composition.slot])) for one in done}
+
+
+def _steps(trace: Trace) -> list[tuple[int, int, int]]:
+    return list(zip(trace.tokens, trace.runner_ups, trace.score_hash, strict=True))
+
+
+def traces(engine: Engine, batch: Batch) -> dict[int, Trace]:
+    """Return the traces of a batch by slot, as the engine runs where nobody looks at its scores."""
+    if isinstance(engine, GPT2Engine):
+        engine.forget()
+    return {one.composition.slot: one.trace for one in engine.generate(batch)}
 
 
 def alone(engine: Engine, request: Request) -> Answer:
     return run(engine, Batch((request,)))[0]
+
+
+@contextmanager
+def watch_passes() -> Iterator[list[list[Piece]]]:
+    """Gather what each pass is composed of."""
+    passes: list[list[Piece]] = []
+    compose = Scheduler.compose
+
+    def watched(self: Scheduler) -> tuple[list[Piece], int]:
+        pieces, times = compose(self)
+        passes.append(list(pieces))
+        return pieces, times
+
+    Scheduler.compose = watched
+    try:
+        yield passes
+    finally:
+        Scheduler.compose = compose
+
+
+@contextmanager
+def watch_leases() -> Iterator[list[int]]:
+    """Gather how many positions each request took from others."""
+    shared: list[int] = []
+    lease = KVCache.lease
+
+    def watched(self: KVCache, prompt: Sequence[int], positions: int) -> Lease | None:
+        given = lease(self, prompt, positions)
+        if given is not None:
+            shared.append(given.shared)
+        return given
+
+    KVCache.lease = watched
+    try:
+        yield shared
+    finally:
+        KVCache.lease = lease
+
+
+@contextmanager
+def out_of_memory_once(model: GPT2, operation: str, call: int) -> Iterator[None]:
+    """Let one call of a kernel operation, counted from 1, find no memory."""
+    original = getattr(model.kernels, operation)
+    calls = 0
+
+    def failing(*args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError(f"a test lets call {call} of {operation} find no memory")
+        return original(*args, **named)
+
+    setattr(model.kernels, operation, failing)
+    try:
+        yield
+    finally:
+        delattr(model.kernels, operation)
+    assert calls > call, "what failed was not tried again"
 
 
 class Packed:
@@ -275,12 +365,140 @@ def compare_neighbours(
             comparison.add(f"{name}, {budget} steps", expected, answers[1].scores)
 
 
+def compare_needle(
+    comparison: Comparison, engine: Engine, needle: Request, vocabulary: int, *, trials: int, rows: int, longest: int
+) -> None:
+    """Put the needle anywhere among ``rows`` to twice as many rows; most are short, some reach ``longest`` tokens."""
+    expected = alone(engine, needle).scores
+    for trial in range(trials):
+        draw = random.Random(trial)
+        lengths = [longest, *(int(longest ** draw.random()) for _ in range(draw.randrange(rows - 2, 2 * rows - 2)))]
+        draw.shuffle(lengths)
+        fillers = [make_request(make_ids(i, n, vocabulary), draw.randrange(1, 9)) for i, n in enumerate(lengths)]
+        slot = draw.randrange(len(fillers) + 1)
+        answers = run(engine, Batch((*fillers[:slot], needle, *fillers[slot:])))
+        comparison.add(f"trial {trial}: slot {slot} of {len(fillers) + 1}", expected, answers[slot].scores)
+
+
+def compare_interleaved(
+    comparison: Comparison, engine: GPT2Engine, needle: Request, vocabulary: int, lengths: Sequence[int]
+) -> None:
+    """Compute a long neighbour's prompt in chunks while the needle decodes, in the very same passes."""
+    expected = alone(engine, needle).scores
+    short = make_request(make_ids(7, 9, vocabulary), 2 * len(expected))
+    for length in lengths:
+        long = make_request(make_ids(length, length, vocabulary), 2)
+        expected_long = alone(engine, long).scores
+        for rows in ((needle, long), (short, needle, long), (needle, long, short)):
+            slot = rows.index(needle)
+            with watch_passes() as passes:
+                answers = run(engine, Batch(rows))
+            together = [
+                {piece.row.slot for piece in pieces if piece.start < 0 or piece.row.request is long}
+                for pieces in passes
+                if any(piece.row.request is long and piece.start >= 0 for piece in pieces)
+            ]
+            beside = sum(slot in slots for slots in together)
+            assert beside >= min(len(expected) - 1, length // engine.chunk - 1), (length, engine.chunk, beside)
+            where = f"{length} tokens in chunks of {engine.chunk}, slot {slot} of {len(rows)}"
+            comparison.add(where, expected, answers[slot].scores)
+            comparison.add(f"{where}, the long one", expected_long, answers[rows.index(long)].scores)
+
+
+def compare_limits(comparison: Comparison, make: Callable[..., GPT2Engine], requests: Sequence[Request]) -> None:
+    """Bound rows, pages and chunks so that requests wait for each other and take each other's slots and pages."""
+    batch = Batch(tuple(requests))
+    expected = run(make(), batch)
+    page = make().model.kv_cache_bytes_per_page()
+    longest = max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
+    needed = -(-longest // PAGE)
+    for settings in (
+        {"max_rows": 1},
+        {"max_rows": 3, "chunk": 7},
+        {"max_rows": 5, "kv_cache_bytes": needed * page},
+        {"kv_cache_bytes": (needed + 2) * page, "chunk": 65},
+    ):
+        engine = make(**settings)
+        for again in ("", ", again"):  # over what the first time has left behind
+            for slot, answer in run(engine, batch, warm=bool(again)).items():
+                comparison.add(f"{settings}{again}", expected[slot].scores, answer.scores)
+
+
+def compare_prefixes(comparison: Comparison, make: Callable[..., GPT2Engine], vocabulary: int) -> None:
+    """Share beginnings of 64 and 192 tokens in one batch and with a batch before; compare with engines that are new."""
+    base = make_ids(50, 192, vocabulary)
+    shapes = [(192, 20), (64, 1), (192, 1), (64, 30), (192, 0), (0, 5), (64, 0), (192, 45)]
+    prompts = [(*base[:kept], *make_ids(60 + i, own, vocabulary)) for i, (kept, own) in enumerate(shapes)]
+    prompts.append(prompts[0])
+    requests = [make_request(ids, 2 + i % 3) for i, ids in enumerate(prompts)]
+    # full pages are shared, but never that of a prompt's last token, whose scores are wanted
+    known = [(len(ids) - 1) // PAGE * PAGE for ids in prompts]
+    expected = [alone(make(), request).scores for request in requests]
+    for chunk in (None, 64, 100):
+        engine = make(chunk=chunk)
+        for number, chosen in enumerate(([0, 1, 2, 3, 4], [8, 0, 1, 2, 3, 4, 5, 6, 7], [3, 0, 8])):
+            with watch_leases() as shared:
+                answers = run(engine, Batch(tuple(requests[i] for i in chosen)), warm=True)
+            assert shared == [0 if number == 0 and i == 0 else known[i] for i in chosen]
+            for slot, answer in answers.items():
+                comparison.add(f"batch {number}, chunks of {chunk}", expected[chosen[slot]], answer.scores)
+
+
+def compare_out_of_memory(
+    comparison: Comparison, make: Callable[..., GPT2Engine], vocabulary: int, operations: Sequence[str]
+) -> None:
+    """Let an operation find no memory: in a prefill, in decoding, in recording a graph, when some have finished."""
+    budgets = (3, 12, 40)
+    prompts = [make_ids(70 + i, 1 + 5 * i % 40, vocabulary) for i in range(21)]
+    batch = Batch(tuple(make_request(ids, budgets[(i > 10) + (i > 19)]) for i, ids in enumerate(prompts)))
+    expected = traces(make(), batch)
+    layers = len(make().model.layers)
+    for operation in operations:
+        each = {"attention": layers, "partial": 2 * layers}[operation]
+        for passes in (0, 1, 2, 5):  # on a GPU the second and the sixth come before a recording, the third is one
+            engine = make()
+            rows = engine.max_rows
+            with out_of_memory_once(engine.model, operation, passes * each + 2):
+                found = traces(engine, batch)
+            assert engine.max_rows == rows // 2
+            for slot, trace in found.items():
+                where = f"in {operation} of pass {passes + 1}"
+                comparison.add_hashes(where, expected[slot].score_hash, trace.score_hash)
+
+
 def compare_prefill_with_decode(comparison: Comparison, engine: Engine, request: Request) -> None:
     """Prefill the prompt and the first tokens of its answer; compare with decoding them."""
     decoded = alone(engine, request)
     for step in range(1, len(decoded.trace)):
         longer = make_request((*request.prompt_ids, *decoded.trace.tokens[:step]), steps=1)
         comparison.add(f"prefilled to step {step}", decoded.scores[step : step + 1], alone(engine, longer).scores)
+
+
+def compare_edges(comparison: Comparison, engine: GPT2Engine, vocabulary: int) -> None:
+    """Decode over every edge of a page, up to the context's end; compare with one prefill of prompt and answer."""
+    model = engine.model
+    starts = [*range(PAGE - 3, model.context - 6, PAGE), model.context - 6]
+    requests = [make_request(make_ids(start, start, vocabulary), 6) for start in starts]
+    others = [make_request(make_ids(i, 1 + i, vocabulary), 6) for i in range(20)]
+    batches = {"alone": requests, "beside short ones": [*others, *requests]}
+    found = {name: run(engine, Batch(tuple(rows))) for name, rows in batches.items()}
+    for i, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        first = found["alone"][i]
+        ids = (*request.prompt_ids, *first.trace.tokens[:-1])
+        prefilled = Packed(model, capacity=len(ids)).feed((0, ids))[0][length - 1 :]
+        comparison.add(f"decoded from {length} on", prefilled, first.scores)
+        comparison.add(f"decoded from {length} on, beside", prefilled, found["beside short ones"][20 + i].scores)
+
+
+def compare_whole_context(comparison: Comparison, engine: GPT2Engine, vocabulary: int) -> None:
+    """Decode from the first token to the context's end; compare with one prefill of it all."""
+    model = engine.model
+    request = make_request(make_ids(6, 1, vocabulary), model.context - 1)
+    decoded = alone(engine, request)
+    ids = (*request.prompt_ids, *decoded.trace.tokens[:-1])
+    prefilled = Packed(model, capacity=model.context).feed((0, ids))[0]
+    comparison.add("decoded from the first token on", prefilled, decoded.scores)
 
 
 def compare_cuts(comparison: Comparison, model: GPT2, ids: Sequence[int], cuts: Sequence[Sequence[int]]) -> None:
@@ -318,7 +536,7 @@ def compare_capacities(comparison: Comparison, model: GPT2, vocabulary: int) -> 
     ids = make_ids(4, 90, vocabulary)
     expected = Packed(model, capacity=len(ids)).feed_cut(ids, [80, *range(81, 90)])
     for capacity in (256, 512, 1024):
-        for stale in (0.0, -1e4):
+        for stale in (0.0, -1e4, float("nan")):
             packed = Packed(model, slots=2, capacity=capacity, stale=stale)
             comparison.add(f"capacity {capacity}, stale {stale}", expected, packed.feed_cut(ids, [80, *range(81, 90)]))
 
@@ -364,7 +582,14 @@ class Clients:
         return self._open(cache)
 
     def _open(self, cache: Path) -> Client:
-        return Client(self._model, self._tokenizer, policy=self._policy, cache_dir=cache, on_risk="serve")
+        return Client(
+            self._model,
+            self._tokenizer,
+            policy=self._policy,
+            cache_dir=cache,
+            on_risk="serve",
+            kv_cache_size=2**29,  # many of them share a device with other processes
+        )
 
 
 def compare_companies_of_client(comparison: Comparison, clients: Clients, prompts: list[tuple[int, ...]]) -> list[Any]:
@@ -420,7 +645,7 @@ def fingerprints_elsewhere(name: str, device: str) -> dict[str, dict[str, Any]]:
     package = str(Path(stablegen.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, __file__, name, device, str(torch.get_num_threads())],
+        [sys.executable, __file__, "fingerprints", name, device, str(torch.get_num_threads())],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -429,6 +654,124 @@ def fingerprints_elsewhere(name: str, device: str) -> dict[str, dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     result: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+# --- on another GPU ---------------------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
+SIZES_OF_MODEL: dict[str, dict[str, Any]] = {
+    "small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+    "tiny": {"n_layer": 1, "n_embd": 96, "n_head": 3, "vocab_size": 211, "n_positions": 256},
+}
+ONE_ARCHITECTURE = frozenset({"device_model", "sm_count"})
+"""Fields of ``Numerics`` that must not matter among GPUs of one compute capability."""
+
+
+@cache
+def exact_weights(size: str) -> dict[str, torch.Tensor]:
+    """Return a GPT-2's random weights that are the same wherever they are made: integers times powers of two."""
+    shape = SIZES_OF_MODEL[size]
+    width = shape["n_embd"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (shape["vocab_size"], width),
+        "wpe.weight": (shape["n_positions"], width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+    for i in range(shape["n_layer"]):
+        for name, k, n in (
+            ("attn.c_attn", width, 3 * width),
+            ("attn.c_proj", width, width),
+            ("mlp.c_fc", width, 4 * width),
+            ("mlp.c_proj", 4 * width, width),
+        ):
+            shapes |= {f"h.{i}.{name}.weight": (k, n), f"h.{i}.{name}.bias": (n,)}
+        shapes |= {f"h.{i}.ln_{j}.{part}": (width,) for j in (1, 2) for part in ("weight", "bias")}
+    bits = np.random.PCG64(0)  # the raw stream of a seed never changes
+    weights = {}
+    for name, dims in shapes.items():
+        count = int(np.prod(dims))
+        numbers = bits.random_raw(-(-count // 4)).astype("<u8").view("<i2")[:count].astype(np.float32)
+        # queries and keys large enough to make attention choose
+        scaled = torch.from_numpy(numbers).view(dims) * 2.0 ** (-18 if "c_attn.weight" in name else -20)
+        weights[name] = scaled + 1.0 if ".weight" in name and "ln_" in name else scaled
+    return weights
+
+
+def exact_engine(size: str, dtype: str, device: str = "cpu", kernels: Any = None, **settings: Any) -> GPT2Engine:
+    """Return an engine of ``invariant`` over ``exact_weights``."""
+    target = torch.device(device)
+    kernels = kernels or kernels_for(target)
+    config = {"model_type": "gpt2", **SIZES_OF_MODEL[size]}
+    model = GPT2(config, exact_weights(size), kernels, dtype=getattr(torch, dtype), device=target)
+    numerics = numerics_on(find_device(device, dtype), load_policy("invariant"), dtype)
+    return GPT2Engine(model, numerics, **settings)
+
+
+def answers_to_keep(engine: GPT2Engine) -> list[str]:
+    """Return a digest of each answer to a fixed set of requests: its tokens, and the hashes of its score rows."""
+    vocabulary, context = engine.model.vocabulary, engine.model.context
+    lengths = [min(length, context - 8) for length in (1, 21, 63, 64, 65, 130, 200, 300, 513, 900)]
+    lengths += [1 + 7 * i % 40 for i in range(30)]
+    requests = [make_request(make_ids(i, n, vocabulary), 8 - i % 3) for i, n in enumerate(lengths)]
+    found = traces(engine, Batch(tuple(requests)))
+    digests = []
+    for slot, request in enumerate(requests):
+        if slot % 10 == 1:
+            assert traces(engine, Batch((request,)))[0] == found[slot], "not even invariant here"
+        trace = found[slot]
+        said = json.dumps([list(trace.tokens), list(trace.score_hash)])
+        digests.append(hashlib.sha256(said.encode()).hexdigest()[:32])
+    return digests
+
+
+def record_answers(device: str, size: str = "small") -> dict[str, Any]:
+    """Return what is kept for another machine: the numerics and the answers of each dtype."""
+    kept: dict[str, Any] = {"model": f"GPT-2, {size}, random weights", "size": size, "dtypes": {}}
+    for dtype in DTYPES:
+        engine = exact_engine(size, dtype, device)
+        kept["device"] = engine.numerics.device_model
+        kept["compute_capability"] = engine.numerics.compute_capability
+        kept["dtypes"][dtype] = {
+            "numerics": engine.numerics.model_dump(mode="json", exclude_none=True),
+            "answers": answers_to_keep(engine),
+        }
+    return kept
+
+
+def slug_of(device: str) -> str:
+    """Return a device's name as it stands in the names of files."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def obstacle(kept: Mapping[str, Any], dtype: str, here: Numerics) -> str | None:
+    """Return why recorded answers need not be those of these numerics; None where they must be."""
+    there = Numerics(**kept["dtypes"][dtype]["numerics"])
+    differences = there.differences(here)
+    told = [
+        f"{name} {old} there, {new} here" for name, (old, new) in differences.items() if name not in ONE_ARCHITECTURE
+    ]
+    return f"recorded on {kept['device']} under other numerics: {', '.join(told)}" if told else None
+
+
+def compare_replayed(comparison: Comparison, kept: Mapping[str, Any], dtype: str, engine: GPT2Engine) -> None:
+    """Compare what another machine recorded with what this one computes."""
+    there, here = kept["dtypes"][dtype]["answers"], answers_to_keep(engine)
+    for i, (old, new) in enumerate(zip(there, here, strict=True)):
+        comparison.add_hashes(f"request {i} of {kept['device']}", [old], [new])
+
+
+def replay_answers(kept: Mapping[str, Any], device: str) -> dict[str, str]:
+    """Return, for each dtype, what came of a replay: ``equal``, ``N answers differ``, or why it says nothing."""
+    told = {}
+    for dtype in kept["dtypes"]:
+        engine = exact_engine(kept["size"], dtype, device)
+        reason = obstacle(kept, dtype, engine.numerics)
+        comparison = Comparison("", "replay", kept["size"], "invariant", dtype, engine.numerics.device_model)
+        if reason is None:
+            compare_replayed(comparison, kept, dtype, engine)
+        told[dtype] = reason or (f"{comparison.differing} answers differ" if comparison.differing else "equal")
+    return told
 
 
 # --- kernels that break the promise -----------------------------------------------------------------------------------
@@ -509,6 +852,45 @@ class LoneDecode(ScaledOtherwise):
         return len(query) == 1 and int(placed.positions[0]) >= 64
 
 
+class ManyRowsDecode(ScaledOtherwise):
+    """Differs where more than 64 rows decode together."""
+
+    def applies(self, query: torch.Tensor, cache: Cache, rows: Rows, placed: Placed) -> bool:
+        return rows.tile == 1 and len(query) > 64
+
+
+# --- as a script ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print fingerprints, record answers, or replay them; return 1 where a replay differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    computing = commands.add_parser("fingerprints", help="print what another process compares")
+    computing.add_argument("name")
+    computing.add_argument("device")
+    computing.add_argument("threads", type=int)
+    recording = commands.add_parser("record", help="write what this device answers")
+    recording.add_argument("--size", choices=sorted(SIZES_OF_MODEL), default="small")
+    replaying = commands.add_parser("replay", help="compare with what was recorded")
+    for command in (recording, replaying):
+        command.add_argument("file", type=Path, help="a file, or a folder for replay-DEVICE.json")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(arguments)
+    if given.command == "fingerprints":
+        torch.set_num_threads(given.threads)
+        print(json.dumps(fingerprints(given.name, given.device)))
+        return 0
+    if given.command == "record":
+        kept = record_answers(given.device, given.size)
+        path = given.file / f"replay-{slug_of(kept['device'])}.json" if given.file.is_dir() else given.file
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        print(path)
+        return 0
+    told = replay_answers(json.loads(given.file.read_text(encoding="utf-8")), given.device)
+    print(json.dumps(told, indent=1))
+    return int(any(result.endswith("differ") for result in told.values()))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(fingerprints(sys.argv[1], sys.argv[2])))
+    sys.exit(main())

@@ -1,15 +1,21 @@
 """What each policy promises, on full score rows, bit for bit, on a CPU; and `native`, which must break it.
 
-Launching as a CUDA graph (property 8) has no counterpart here: the engine knows eager launches only.
+Recording a CUDA graph (property 8) has no counterpart here: a CPU launches every pass.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import invariance
 import pytest
 import torch
 from invariance import (
@@ -21,6 +27,7 @@ from invariance import (
     Clients,
     Comparison,
     LoneDecode,
+    ManyRowsDecode,
     Packed,
     SplitByBatch,
     SplitByLargeBatch,
@@ -29,14 +36,24 @@ from invariance import (
     compare_capacities,
     compare_companies_of_client,
     compare_cuts,
+    compare_edges,
+    compare_interleaved,
+    compare_limits,
+    compare_needle,
     compare_neighbours,
+    compare_out_of_memory,
     compare_phases,
     compare_prefill_with_decode,
+    compare_prefixes,
     compare_sizes,
     compare_slots,
+    compare_whole_context,
+    exact_engine,
     fingerprints,
     fingerprints_elsewhere,
+    invariant_engine,
     load_model,
+    main,
     make_engine,
     make_ids,
     make_pool,
@@ -45,7 +62,10 @@ from invariance import (
     padded_companies,
     run,
     shared_engine,
+    traces,
     vocabulary_of,
+    watch_leases,
+    watch_passes,
 )
 
 from stablegen.client import Client
@@ -80,18 +100,32 @@ def needle_of(name: str, length: int = PROMPT, steps: int = 4) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "largest"),
+    ("name", "dtype", "largest", "at_once"),
     [
-        ("random-gpt2", "float32", 257),
-        ("random-gpt2", "float16", 65),
-        ("random-gpt2", "bfloat16", 65),
-        *[("tiny-gpt2", dtype, 17) for dtype in DTYPES],
+        ("random-gpt2", "float32", 257, 512),
+        ("random-gpt2", "float16", 65, 65),
+        ("random-gpt2", "bfloat16", 65, 16),
+        *[("tiny-gpt2", dtype, 17, 16) for dtype in DTYPES],
     ],
 )
-def test_batch_size(compare: Begin, name: str, dtype: str, largest: int) -> None:
-    engine = shared_engine(name, "invariant", dtype)
+def test_batch_size(compare: Begin, name: str, dtype: str, largest: int, at_once: int) -> None:
+    engine = invariant_engine(name, dtype, max_rows=at_once)
     comparison = compare("batch size", name, engine)
-    compare_sizes(comparison, engine, make_pool(name), [size for size in SIZES if size <= largest])
+    with watch_passes() as passes:
+        compare_sizes(comparison, engine, make_pool(name), [size for size in SIZES if size <= largest])
+    assert max(map(len, passes)) == min(largest, at_once)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whether_anybody_looks_at_the_scores(compare: Begin, dtype: str) -> None:
+    engine = shared_engine("random-gpt2", "invariant", dtype)
+    comparison = compare("observed or not", "random-gpt2", engine)
+    batch = Batch(tuple(make_request(make_ids(i, 1 + 5 * i, 1031), 1 + 7 * i % 19) for i in range(20)))
+    observed = run(engine, batch)
+    for slot, trace in traces(engine, batch).items():
+        comparison.add_hashes("not observed", observed[slot].trace.score_hash, trace.score_hash)
+        assert trace == observed[slot].trace
     comparison.assert_equal()
 
 
@@ -118,6 +152,46 @@ def test_neighbours(compare: Begin, name: str, dtype: str) -> None:
 def test_neighbours_in_another_phase(compare: Begin, name: str, dtype: str) -> None:
     comparison = compare("phase", name, shared_engine(name, "invariant", dtype))
     compare_phases(comparison, own_model(name, dtype), vocabulary_of(name), [1, 5, 16, 17])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_is_computed_while_the_needle_decodes(compare: Begin, dtype: str) -> None:
+    engine = invariant_engine("random-gpt2", dtype, chunk=17)
+    comparison = compare("a prefill beside", "random-gpt2", engine)
+    compare_interleaved(comparison, engine, needle_of("random-gpt2", steps=9), 1031, [1, 60, 180])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_needle_among_fillers(compare: Begin, dtype: str) -> None:
+    engine = shared_engine("random-gpt2", "invariant", dtype)
+    comparison = compare("needle among fillers", "random-gpt2", engine)
+    compare_needle(comparison, engine, needle_of("random-gpt2", 90, 6), 1031, trials=2, rows=8, longest=180)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bounds_of_the_engine(compare: Begin, dtype: str) -> None:
+    make = partial(invariant_engine, "random-gpt2", dtype)
+    comparison = compare("rows, pages and chunks bounded", "random-gpt2", make())
+    compare_limits(comparison, make, [needle_of("random-gpt2", 130), *make_pool("random-gpt2", count=8, longest=70)])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_prefixes(compare: Begin, dtype: str) -> None:
+    make = partial(invariant_engine, "random-gpt2", dtype)
+    comparison = compare("shared prefixes", "random-gpt2", make())
+    compare_prefixes(comparison, make, 1031)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_out_of_memory(compare: Begin, dtype: str) -> None:
+    make = partial(invariant_engine, "random-gpt2", dtype)
+    comparison = compare("out of memory", "random-gpt2", make())
+    compare_out_of_memory(comparison, make, 1031, ["attention"])
     comparison.assert_equal()
 
 
@@ -163,6 +237,22 @@ def test_prefill_is_decode_in_a_long_context(compare: Begin) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_over_every_edge_of_a_page(compare: Begin, dtype: str) -> None:
+    engine = invariant_engine("random-gpt2", dtype)
+    comparison = compare("edges of pages", "random-gpt2", engine)
+    compare_edges(comparison, engine, 1031)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_context_decoded(compare: Begin, dtype: str) -> None:
+    engine = invariant_engine("random-gpt2", dtype)
+    comparison = compare("whole context", "random-gpt2", engine)
+    compare_whole_context(comparison, engine, 1031)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GPT2S)
 def test_length_and_past_of_the_cache(compare: Begin, name: str, dtype: str) -> None:
     comparison = compare("KV cache length", name, shared_engine(name, "invariant", dtype))
@@ -190,6 +280,33 @@ def test_another_process(compare: Begin) -> None:
         assert mine["numerics"] == there[setup]["numerics"]
         comparison.add_hashes(setup, mine["hashes"], there[setup]["hashes"])
         comparison.assert_equal()
+
+
+def test_what_is_recorded_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", str(tmp_path), "--device", "cpu", "--size", "tiny"]) == 0
+    (file,) = tmp_path.glob("replay-*.json")
+    assert capsys.readouterr().out.split() == [str(file)]
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    paths = os.pathsep.join(filter(None, [str(Path(TINY).parents[2]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(invariance.__file__), "replay", str(file), "--device", "cpu"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == dict.fromkeys(DTYPES, "equal")
+
+    kept["dtypes"]["float16"]["answers"][3] = "another"
+    kept["dtypes"]["bfloat16"]["numerics"]["torch"] = "1.0"
+    kept["dtypes"]["float32"]["numerics"] |= {"device_model": "another", "sm_count": 1}
+    file.write_text(json.dumps(kept), encoding="utf-8")
+    assert main(["replay", str(file), "--device", "cpu"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["float32"] == "equal"
+    assert told["float16"] == "1 answers differ"
+    assert "torch 1.0 there" in told["bfloat16"]
 
 
 # --- single and padded ------------------------------------------------------------------------------------------------
@@ -312,26 +429,22 @@ def test_native_breaks_it_through_the_client(compare: Begin, tmp_path: Path) -> 
 def test_the_triton_kernels_make_an_engine(dtype: str) -> None:
     # the kernels of a GPU, in the interpreter: their own tests are in test_kernels.py, here they are put together
     pytest.importorskip("triton", reason="triton is not installed")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from stablegen.kernels.triton import TritonKernels
 
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=101, n_positions=128, initializer_range=0.2)
-    weights = GPT2LMHeadModel(config).state_dict()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    numerics = make_engine("random-gpt2", "invariant", dtype).numerics
-    engines = [
-        GPT2Engine(GPT2(config.to_dict(), weights, kernels, dtype=getattr(torch, dtype), device=at), numerics)
-        for kernels, at in ((TritonKernels(), device), (ReferenceKernels(), torch.device("cpu")))
-    ]
-    needle, others = make_request(make_ids(0, 7, 101), 3), [make_request(make_ids(i, 2 * i, 101)) for i in (1, 2, 3)]
-    expected = alone(engines[0], needle)
-    beside = run(engines[0], Batch((*others[:2], needle, others[2])))[2]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = exact_engine("tiny", dtype, device, TritonKernels(), chunk=17, max_rows=2)
+    needle, long, short = (
+        make_request(make_ids(i, n, 211), steps) for i, n, steps in ((0, 7, 3), (1, 26, 1), (2, 2, 2))
+    )
+    expected = alone(engine, needle)
+    with watch_passes() as passes:
+        beside = run(engine, Batch((needle, long, short)))[0]
+    # it decodes while a chunk is computed, then beside another that decodes
+    assert any(min(piece.start for piece in pieces) < 0 < max(piece.start for piece in pieces) for pieces in passes)
     assert torch.equal(beside.scores.view(torch.int32), expected.scores.view(torch.int32))
-    prefilled = alone(engines[0], make_request((*needle.prompt_ids, *expected.trace.tokens[:2]), 1))
+    prefilled = alone(engine, make_request((*needle.prompt_ids, *expected.trace.tokens[:2]), 1))
     assert prefilled.trace.score_hash[0] == expected.trace.score_hash[2]
-    reference = alone(engines[1], needle)
+    reference = alone(exact_engine("tiny", dtype), needle)
     error = (expected.scores.cpu()[0] - reference.scores[0]).norm() / reference.scores[0].norm()
     assert error < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
 
@@ -353,10 +466,32 @@ def test_broken_kernels_fail_the_self_check(kernels: type[KernelSet], dtype: str
     assert not self_check(GPT2Engine(broken_model(kernels(), dtype), numerics), 1031).passed
 
 
+def test_the_self_check_runs_as_many_rows_as_the_engine() -> None:
+    numerics = shared_engine("random-gpt2", "invariant", "float32").numerics
+    assert not self_check(GPT2Engine(broken_model(ManyRowsDecode(), "float32"), numerics, max_rows=128), 1031).passed
+    good = GPT2Engine(broken_model(ReferenceKernels(), "float32"), numerics, max_rows=128)
+    with watch_passes() as passes:
+        assert self_check(good, 1031).passed
+    decoding = {len(pieces) for pieces in passes if all(piece.start < 0 for piece in pieces)}
+    assert {1, 9, 16} < decoding
+    assert any(32 < rows <= 64 for rows in decoding) and any(rows > 64 for rows in decoding)
+    assert max(sum(piece.count for piece in pieces) for pieces in passes) > 512
+
+
+def test_the_self_check_computes_long_prompts_anew() -> None:
+    numerics = shared_engine("random-gpt2", "invariant", "float32").numerics
+    engine = GPT2Engine(broken_model(ReferenceKernels(), "float32"), numerics)
+    with watch_leases() as shared:
+        assert self_check(engine, 1031).passed
+    # one run alone takes over what the one before has left
+    assert sum(positions > 0 for positions in shared) == 1
+
+
 @pytest.mark.parametrize("kernels", BROKEN)
 def test_broken_kernels_are_seen_by_these_tests(kernels: type[KernelSet]) -> None:
     name, model = "random-gpt2", broken_model(kernels(), "float32")
-    engine = GPT2Engine(model, shared_engine(name, "invariant", "float32").numerics)
+    numerics = shared_engine(name, "invariant", "float32").numerics
+    engine, small = GPT2Engine(model, numerics), GPT2Engine(model, numerics, chunk=30)
     checks: dict[str, Callable[[Comparison], None]] = {
         "sizes": lambda c: compare_sizes(c, engine, make_pool(name), [2, 16, 33]),
         "slots": lambda c: compare_slots(c, engine, needle_of(name, 7), make_pool(name, count=8)),
@@ -364,6 +499,9 @@ def test_broken_kernels_are_seen_by_these_tests(kernels: type[KernelSet]) -> Non
         "prefill": lambda c: compare_prefill_with_decode(c, engine, needle_of(name, 30)),
         "cuts": lambda c: compare_cuts(c, model, make_ids(5, 40, 1031), [[3], [20], [33]]),
         "phases": lambda c: compare_phases(c, model, 1031, [16]),
+        "interleaved": lambda c: compare_interleaved(c, small, needle_of(name, 7, 6), 1031, [60]),
+        "needle": lambda c: compare_needle(c, engine, needle_of(name, 70), 1031, trials=1, rows=12, longest=90),
+        "edges": lambda c: compare_edges(c, engine, 1031),
     }
     blind = []
     for check, compare_with in checks.items():

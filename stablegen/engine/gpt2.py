@@ -198,6 +198,16 @@ class GPT2Engine:
         self._running = False
         self._tick = 0
         self._memory: tuple[KVCache, Steps] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def order_after_last(self) -> None:
+        """Let the current stream wait for what this engine has under way on the one it was on before."""
+        if self.model.device.type != "cuda":
+            return
+        current, last = torch.cuda.current_stream(self.model.device), self._stream
+        if last is not None and last != current:
+            current.wait_stream(last)
+        self._stream = current
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of the weights and of the KV cache."""
@@ -209,6 +219,12 @@ class GPT2Engine:
         }
         cache, _ = self._reserve()
         return {"weights": sum(held.values()), "kv_cache": cache.bytes}
+
+    def forget(self) -> None:
+        """Let later requests share nothing that earlier ones computed, which moves no bit."""
+        with self._lock:
+            if self._memory is not None:
+                self._memory[0].forget()
 
     def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
         """Yield each request of the batch as it finishes.
@@ -280,6 +296,7 @@ class GPT2Engine:
 
     def _reserve(self) -> tuple[KVCache, Steps]:
         """Return the KV cache and the one-token passes over it; halve the rows until they fit."""
+        self.order_after_last()
         while self._memory is None:
             model = self.model
             per_slot = -(-model.context // PAGE)
@@ -367,6 +384,7 @@ class _Run:
         # a caller's autocast would compute in another dtype than the numerics say
         device = self._model.device
         threads = self._engine.numerics.threads
+        self._engine.order_after_last()
         with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_threads(threads):
             return action()
 
@@ -463,8 +481,8 @@ def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) ->
     parts = [tokens, slots, positions, first, counts, last, [tick] * len(last)]
     control = torch.empty(sum(map(len, parts)), dtype=torch.int32, device=device)
     copy_in(torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts])), control)
-    ids, of, at, begins, lengths, wanted, ticks = torch.split(control, [len(part) for part in parts])
-    return Rows(ids, of, at, begins, lengths, wanted, ticks, tile, tuple(spans)), len(last)
+    ids, owners, places, begins, lengths, wanted, ticks = torch.split(control, [len(part) for part in parts])
+    return Rows(ids, owners, places, begins, lengths, wanted, ticks, tile, tuple(spans)), len(last)
 
 
 def _tensors(owner: object) -> Iterator[torch.Tensor]:

@@ -117,7 +117,7 @@ class KVCache:
 
     def release(self, lease: Lease, *, forget: bool = False) -> None:
         """Give a request's slot and pages back; known pages stay for others, unless they were never filled."""
-        for page in lease.pages:
+        for page in reversed(lease.pages):  # the end is evicted first: without the beginning nobody finds it
             self._users[page] -= 1
             if forget:
                 self._forget(page)
@@ -127,6 +127,13 @@ class KVCache:
                 else:
                     self._free.append(page)
         self._free_slots.append(lease.slot)
+
+    def forget(self) -> None:
+        """Let no later request share pages that nobody holds any more."""
+        for page in self._idle:
+            self._forget(page)
+            self._free.append(page)
+        self._idle.clear()
 
     def upload(self) -> None:
         """Bring the page table to the device, where it has changed."""
@@ -149,7 +156,8 @@ class KVCache:
 
     def _forget(self, page: int) -> None:
         prefix = self._names.pop(page, None)
-        if prefix is not None:
+        # another page may have been computed for the same tokens since
+        if prefix is not None and self._known.get(prefix) == page:
             del self._known[prefix]
 
 

@@ -7,6 +7,7 @@ nothing is ever called ``exact`` under it.
 from __future__ import annotations
 
 from stablegen.engine.base import Engine
+from stablegen.engine.gpt2 import GPT2Engine
 from stablegen.errors import EngineError, NumericsChangedError
 from stablegen.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Padded, Shape, load_policy
 from stablegen.record import SelfCheck, Trace
@@ -16,8 +17,12 @@ _EQUAL, _BESIDE, _SLOT = "equal", "beside other rows", "in another slot"
 _STEPS = 4
 _NEEDLES = (21, 130)
 """Prompt lengths whose bits must not move, in tokens: inside one block of keys, and over several."""
-_OTHERS = (520, *(1 + 7 * i % 32 for i in range(15)))
-"""Prompt lengths beside them: one that makes batch and KV cache large, and many short ones."""
+_LONG = 520
+"""Tokens of long prompts that run in one pass with a needle's."""
+_SHORT = tuple(1 + 7 * i % 32 for i in range(15))
+"""Prompt lengths of those that stand before and behind it."""
+_CROWD = 100
+"""Rows around it where so many run at once: as they finish, its passes have more than 64, 32 and 16 rows."""
 
 
 def self_check(engine: Engine, vocabulary: int, width: int | None = None, capacity: int | None = None) -> SelfCheck:
@@ -49,14 +54,13 @@ def self_check(engine: Engine, vocabulary: int, width: int | None = None, capaci
 def _checks(engine: Engine, policy: ExecutionPolicy, vocabulary: int, shape: Shape) -> dict[str, str]:
     if isinstance(policy, Padded):
         return _check_padded(engine, vocabulary, policy.rows, shape)
-    longest = engine.limits.context - _STEPS
-    needles, others = (
-        [_request(seed, min(length, longest), vocabulary) for seed, length in enumerate(lengths, start)]
-        for start, lengths in ((0, _NEEDLES), (100, _OTHERS))
-    )
     checks: dict[str, str] = {}
-    for needle in needles:
-        for name, result in _check_rows(engine, needle, others, shape, packed=isinstance(policy, Invariant)).items():
+    for seed, length in enumerate(_NEEDLES):
+        needle = _request(seed, min(length, engine.limits.context - _STEPS), vocabulary)
+        found = _check_row(engine, needle, shape)
+        if isinstance(policy, Invariant):
+            found |= _check_company(engine, needle, vocabulary)
+        for name, result in found.items():
             if checks.get(name, _EQUAL) == _EQUAL:  # what failed for one needle stays failed
                 checks[name] = result
     return checks
@@ -83,17 +87,28 @@ def _check_padded(engine: Engine, vocabulary: int, rows: int, shape: Shape) -> d
     return checks
 
 
-def _check_rows(
-    engine: Engine, needle: Request, others: list[Request], shape: Shape, *, packed: bool
-) -> dict[str, str]:
+def _check_row(engine: Engine, needle: Request, shape: Shape) -> dict[str, str]:
     alone = _trace(engine, Batch((needle,), *shape), needle)
-    checks = _compare("repeated", alone, [_trace(engine, Batch((needle,), *shape), needle)])
-    if packed:
-        checks |= _compare(_BESIDE, alone, [_trace(engine, Batch((needle, *others[:2])), needle)])
-        moved = [Batch((*others[1:9], needle)), Batch((*others[1:12], needle, *others[12:]))]
-        checks |= _compare(_SLOT, alone, [_trace(engine, batch, needle) for batch in moved])
-        checks |= _prefill_against_decode(engine, needle, alone)
-    return checks
+    return _compare("repeated", alone, [_trace(engine, Batch((needle,), *shape), needle)])
+
+
+def _check_company(engine: Engine, needle: Request, vocabulary: int) -> dict[str, str]:
+    longest = max(1, engine.limits.context - _STEPS)
+    # where the context is short, several prompts make the pass long
+    long = [_request(200 + i, min(_LONG, longest), vocabulary) for i in range(-(-_LONG // longest))]
+    short = [_request(100 + i, min(length, longest), vocabulary) for i, length in enumerate(_SHORT)]
+    alone = _trace_anew(engine, Batch((needle,)), needle)
+    batches = {
+        _BESIDE: [Batch((needle, *long, short[0]))],
+        _SLOT: [Batch((*short[:8], needle)), Batch((*short[:11], needle, *short[11:]))],
+    }
+    if isinstance(engine, GPT2Engine) and engine.max_rows > len(short) + 1:
+        crowd = [_request(300 + i, min(1 + i % 5, longest), vocabulary, 1 + i % _STEPS) for i in range(_CROWD)]
+        batches[_BESIDE].append(Batch((*crowd[: _CROWD // 2], needle, *crowd[_CROWD // 2 :])))
+    checks: dict[str, str] = {}
+    for name, companies in batches.items():
+        checks |= _compare(name, alone, [_trace_anew(engine, batch, needle) for batch in companies])
+    return checks | _prefill_against_decode(engine, needle, alone)
 
 
 def _request(seed: int, length: int, vocabulary: int, steps: int = _STEPS) -> Request:
@@ -109,6 +124,12 @@ def _trace(engine: Engine, batch: Batch, needle: Request) -> Trace:
     return next(done.trace for done in list(engine.generate(batch)) if done.request is needle)
 
 
+def _trace_anew(engine: Engine, batch: Batch, needle: Request) -> Trace:
+    if isinstance(engine, GPT2Engine):
+        engine.forget()  # or keys and values of an earlier run would be taken, whatever this one computes
+    return _trace(engine, batch, needle)
+
+
 def _prefill_against_decode(engine: Engine, needle: Request, decoded: Trace) -> dict[str, str]:
     for step in (1, _STEPS - 1):
         longer = Request(
@@ -117,7 +138,7 @@ def _prefill_against_decode(engine: Engine, needle: Request, decoded: Trace) -> 
             needle.model,
             needle.tokenizer,
         )
-        prefilled = _trace(engine, Batch((longer,)), longer)
+        prefilled = _trace_anew(engine, Batch((longer,)), longer)
         if prefilled.score_hash[0] != decoded.score_hash[step]:
             return {"prefill against decode": f"score rows differ at step {step}"}
     return {"prefill against decode": _EQUAL}

@@ -83,7 +83,7 @@ def prepare(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     if weight.dtype != torch.float32:
         return Linear(weight, bias, k, n)
     # the largest number comes close to the end of float16's range, so that the small ones stay far from its beginning
-    exponent = 14 - math.frexp(weight.abs().max().item())[1]
+    exponent = min(14 - math.frexp(weight.abs().max().item())[1], 100)
     pair, rows = torch.empty((2, n, k), dtype=torch.float16, device=weight.device), max(1, 2**24 // k)
     for start in range(0, n, rows):  # in pieces: memory for the whole of it may be short
         part = torch.ldexp(weight[start : start + rows], torch.tensor(exponent, device=weight.device))

@@ -174,6 +174,8 @@ def _advance(  # launched by position
     infinite = tl.max(tl.load(at + 3, mask=there, other=0), axis=0)
     top = tl.max(best, axis=0)
     runner_up = tl.max(tl.where(best == top, second, best), axis=0)
+    if V == 1:  # who stands alone is his own runner-up
+        runner_up = top
     token = _rank_id(top, V)
     now = tl.load(tick + row)
     entry = log + ((now % TICKS).to(tl.int64) * ROWS + row) * WIDTH

@@ -1,13 +1,13 @@
-"""What each policy promises, on full score rows, bit for bit, on a GPU; and `native`, which must break it.
-
-Launching as a CUDA graph (property 8) has no counterpart here: the engine knows eager launches only.
-"""
+"""What each policy promises, on full score rows, bit for bit, on a GPU; and `native`, which must break it."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from invariance import (
     DTYPES,
+    RESULTS,
     SIZES,
     Clients,
     Comparison,
@@ -23,28 +24,43 @@ from invariance import (
     compare_capacities,
     compare_companies_of_client,
     compare_cuts,
+    compare_edges,
+    compare_interleaved,
+    compare_limits,
+    compare_needle,
     compare_neighbours,
+    compare_out_of_memory,
     compare_phases,
     compare_prefill_with_decode,
+    compare_prefixes,
+    compare_replayed,
     compare_sizes,
     compare_slots,
+    compare_whole_context,
+    exact_engine,
     fingerprints,
     fingerprints_elsewhere,
+    invariant_engine,
     load_model,
     make_engine,
     make_ids,
     make_pool,
     make_request,
+    obstacle,
     own_model,
     padded_companies,
     run,
     shared_engine,
+    traces,
+    watch_passes,
 )
 
 from stablegen.engine.base import Engine
-from stablegen.engine.gpt2 import GPT2Engine
+from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.engine.loading import kernels_for
 from stablegen.engine.self_check import self_check
-from stablegen.policy import Batch
+from stablegen.numerics import find_device, numerics_on
+from stablegen.policy import Batch, load_policy
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +70,7 @@ SMALL = "gpt2-small"
 """Random weights: the shapes of the real one."""
 VOCABULARY = 50257
 CONTEXT = 1024
+GIB = 2**30
 
 
 @pytest.fixture(params=[SMALL, "mini-gpt2"])
@@ -62,28 +79,45 @@ def name(request: pytest.FixtureRequest) -> str:
     return SMALL if request.param == SMALL else request.getfixturevalue("mini_gpt2")
 
 
+@pytest.fixture(autouse=True)
+def free_memory() -> Iterator[None]:
+    """Leave the device's memory to the tests of other processes."""
+    yield
+    torch.cuda.empty_cache()
+
+
+def invariant(name: str, dtype: str, **settings: Any) -> GPT2Engine:
+    """Return a new engine whose KV cache leaves room for those of other processes."""
+    return invariant_engine(name, dtype, "cuda", **({"kv_cache_bytes": GIB} | settings))
+
+
 def engine_of(name: str, policy: str, dtype: str) -> Engine:
-    return shared_engine(name, policy, dtype, "cuda")
+    return invariant(name, dtype) if policy == "invariant" else shared_engine(name, policy, dtype, "cuda")
 
 
 def needle_of(length: int = 21, steps: int = 4) -> Any:
     return make_request(make_ids(1000, length, VOCABULARY), steps)
 
 
-# --- invariant --------------------------------------------------------------------------------------------------------
+# --- invariant: the company -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at_once", [256, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batch_size(compare: Begin, name: str, dtype: str) -> None:
-    engine = engine_of(name, "invariant", dtype)
-    comparison = compare("batch size", name, engine)
-    compare_sizes(comparison, engine, make_pool(name, longest=24), SIZES)
+def test_batch_size(compare: Begin, name: str, dtype: str, at_once: int) -> None:
+    engine = invariant(name, dtype, max_rows=at_once, chunk=8192, kv_cache_bytes=2 * GIB)
+    comparison = compare(f"batch size, {at_once} rows at once", name, engine)
+    sizes = SIZES if at_once == 512 else [1, 17, 129, 255, 256, 257]
+    with watch_passes() as passes:
+        compare_sizes(comparison, engine, make_pool(name, longest=24, least=2), sizes)
+    decoding = {len(pieces) for pieces in passes if all(piece.start < 0 for piece in pieces)}
+    assert decoding >= {min(size, at_once) for size in sizes}
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slot_and_permutation(compare: Begin, dtype: str) -> None:
-    engine = engine_of(SMALL, "invariant", dtype)
+    engine = invariant(SMALL, dtype)
     comparison = compare("slot", SMALL, engine)
     compare_slots(comparison, engine, needle_of(), make_pool(SMALL, count=18))
     comparison.assert_equal()
@@ -91,61 +125,69 @@ def test_slot_and_permutation(compare: Begin, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neighbours(compare: Begin, dtype: str) -> None:
-    engine = engine_of(SMALL, "invariant", dtype)
+    engine = invariant(SMALL, dtype)
     comparison = compare("neighbours", SMALL, engine)
-    compare_neighbours(comparison, engine, needle_of(), VOCABULARY, [1, 33, 64, 300, 900])
+    compare_neighbours(comparison, engine, needle_of(), VOCABULARY, [1, 2, 33, 64, 65, 300, 1000])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("chunk", [17, 64, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_is_computed_while_the_needle_decodes(compare: Begin, dtype: str, chunk: int) -> None:
+    engine = invariant(SMALL, dtype, chunk=chunk)
+    comparison = compare("a prefill beside", SMALL, engine)
+    compare_interleaved(comparison, engine, needle_of(steps=20), VOCABULARY, [1, 65, 300, 1000])
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_needle_among_fillers(compare: Begin, name: str, dtype: str) -> None:
-    engine = engine_of(name, "invariant", dtype)
+    engine = invariant(name, dtype, kv_cache_bytes=2 * GIB)
     comparison = compare("needle among fillers", name, engine)
-    needle = needle_of(100, steps=6)
-    expected = alone(engine, needle).scores
-    for trial in range(3):
-        draw = random.Random(trial)
-        # most are short, some reach 900 tokens
-        lengths = [900, *(int(900 ** draw.random()) for _ in range(draw.randrange(62, 126)))]
-        draw.shuffle(lengths)
-        rows = [make_request(make_ids(i, n, VOCABULARY), draw.randrange(1, 9)) for i, n in enumerate(lengths)]
-        slot = draw.randrange(len(rows) + 1)
-        answers = run(engine, Batch((*rows[:slot], needle, *rows[slot:])))
-        comparison.add(f"trial {trial}: slot {slot} of {len(rows) + 1}", expected, answers[slot].scores)
+    compare_needle(comparison, engine, needle_of(100, steps=6), VOCABULARY, trials=5, rows=64, longest=900)
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neighbours_in_another_phase(compare: Begin, dtype: str) -> None:
-    comparison = compare("phase", SMALL, engine_of(SMALL, "invariant", dtype))
+    comparison = compare("phase", SMALL, invariant(SMALL, dtype))
     compare_phases(comparison, own_model(SMALL, dtype, "cuda"), VOCABULARY, [1, 15, 16, 17, 64])
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_bounds_of_the_engine(compare: Begin, dtype: str) -> None:
+    make = partial(invariant, SMALL, dtype)
+    comparison = compare("rows, pages and chunks bounded", SMALL, make())
+    compare_limits(comparison, make, [needle_of(130), *make_pool(SMALL, count=20, longest=90)])
+    comparison.assert_equal()
+
+
+# --- invariant: prefill, decode and what is kept ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_in_pieces(compare: Begin, name: str, dtype: str) -> None:
-    comparison = compare("chunked prefill", name, engine_of(name, "invariant", dtype))
-    cuts = [[at] for at in range(1, 130, 7)] + [[63], [64], [65], [127], [128], [129], [1, 2, 3], list(range(1, 130))]
+    comparison = compare("chunked prefill", name, invariant(name, dtype))
+    cuts = [[at] for at in range(1, 130)] + [[1, 2, 3], [16, 32, 48, 64], [63, 65, 127, 129], list(range(1, 130))]
     compare_cuts(comparison, own_model(name, dtype, "cuda"), make_ids(5, 130, VOCABULARY), cuts)
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_in_chunks_of_the_engine(compare: Begin, dtype: str) -> None:
-    whole = engine_of(SMALL, "invariant", dtype)
-    assert isinstance(whole, GPT2Engine)
-    comparison = compare("chunked prefill of a batch", SMALL, whole)
+    comparison = compare("chunked prefill of a batch", SMALL, invariant(SMALL, dtype))
     batch = Batch((needle_of(130), *make_pool(SMALL, count=16, longest=90)))
-    expected = run(whole, batch)
+    expected = run(invariant(SMALL, dtype), batch)
     for chunk in (16, 17, 63, 64, 65, 257):
-        for slot, answer in run(GPT2Engine(whole.model, whole.numerics, chunk=chunk), batch).items():
+        for slot, answer in run(invariant(SMALL, dtype, chunk=chunk), batch).items():
             comparison.add(f"chunks of {chunk}", expected[slot].scores, answer.scores)
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_is_decode(compare: Begin, name: str, dtype: str) -> None:
-    engine = engine_of(name, "invariant", dtype)
+    engine = invariant(name, dtype)
     comparison = compare("prefill against decode", name, engine)
     for length in (12, 60, 125):
         compare_prefill_with_decode(comparison, engine, needle_of(length, steps=8))
@@ -153,42 +195,98 @@ def test_prefill_is_decode(compare: Begin, name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_whole_context(compare: Begin, name: str, dtype: str) -> None:
-    comparison = compare("whole context", name, engine_of(name, "invariant", dtype))
-    # around each edge of a key block the tokens are decoded one by one
+def test_over_every_edge_of_a_page(compare: Begin, name: str, dtype: str) -> None:
+    engine = invariant(name, dtype, kv_cache_bytes=2 * GIB)
+    comparison = compare("edges of pages", name, engine)
+    compare_edges(comparison, engine, VOCABULARY)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_context_decoded(compare: Begin, name: str, dtype: str) -> None:
+    engine = invariant(name, dtype)
+    assert engine.limits.context == CONTEXT
+    comparison = compare("whole context", name, engine)
+    compare_whole_context(comparison, engine, VOCABULARY)
+    # and computed in one piece but for the tokens around the edges
     cuts = [at + i for at in (64, 128, 512, 960, CONTEXT - 3) for i in (-1, 0, 1, 2)]
-    compare_cuts(comparison, own_model(name, dtype, "cuda"), make_ids(6, CONTEXT, VOCABULARY), [cuts])
+    compare_cuts(comparison, engine.model, make_ids(6, CONTEXT, VOCABULARY), [cuts])
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_length_and_past_of_the_cache(compare: Begin, dtype: str) -> None:
-    comparison = compare("KV cache length", SMALL, engine_of(SMALL, "invariant", dtype))
+    comparison = compare("KV cache length", SMALL, invariant(SMALL, dtype))
     compare_capacities(comparison, own_model(SMALL, dtype, "cuda"), VOCABULARY)
     comparison.assert_equal()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_prefixes(compare: Begin, name: str, dtype: str) -> None:
+    make = partial(invariant, name, dtype)
+    comparison = compare("shared prefixes", name, make())
+    compare_prefixes(comparison, make, VOCABULARY)
+    comparison.assert_equal()
+
+
+# --- invariant: how it runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_graph_moves_no_bit(compare: Begin, name: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    # one pass for all prompts, and room for all rows
+    make = partial(invariant, name, dtype, max_rows=300, chunk=8192, kv_cache_bytes=2 * GIB)
+    recorded, launched = make(), make(graphs=False)
+    comparison = compare("graph against launch", name, recorded)
+    buckets = {1: 1, 2: 2, 3: 4, 17: 32, 65: 96, 200: 256, 257: 300}
+    with caplog.at_level(logging.WARNING, logger="stablegen"):
+        for size in buckets:
+            batch = Batch(tuple(make_request(make_ids(i, 1 + 5 * i % 24, VOCABULARY), 6) for i in range(size)))
+            expected = run(launched, batch)
+            for slot, answer in run(recorded, batch).items():
+                comparison.add(f"{size} rows", expected[slot].scores, answer.scores)
+            for engine in (launched, recorded):
+                for slot, trace in traces(engine, batch).items():
+                    where = f"{size} rows, not observed"
+                    comparison.add_hashes(where, expected[slot].trace.score_hash, trace.score_hash)
+    assert not [heard for heard in caplog.records if heard.name.startswith("stablegen")]
+    assert recorded._memory is not None and launched._memory is not None
+    graphs = recorded._memory[1]._recorded
+    assert set(graphs) == {(bucket, observed) for bucket in buckets.values() for observed in (True, False)}
+    assert len({graph.pool() for graph, _ in graphs.values()}) == 1
+    assert not launched._memory[1]._recorded
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_another_stream_and_a_busy_gpu(compare: Begin, dtype: str) -> None:
-    engine = engine_of(SMALL, "invariant", dtype)
+    engine = invariant(SMALL, dtype)
     comparison = compare("busy GPU, another stream", SMALL, engine)
-    batch = Batch(tuple(make_pool(SMALL, count=9)))
+    batch, longer = Batch(tuple(make_pool(SMALL, count=9))), Batch((needle_of(300, steps=100), needle_of(9, steps=2)))
     expected = run(engine, batch)
     busy, other = torch.cuda.Stream(), torch.cuda.Stream()
     load = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     for trial in range(3):
         with torch.cuda.stream(busy):
-            for _ in range(100):
+            for _ in range(50):
                 load @ load
         for slot, answer in run(engine, batch).items():
             comparison.add(f"busy {trial}", expected[slot].scores, answer.scores)
-    torch.cuda.synchronize()
+        # stopped in the middle: its passes may still run while the next batch begins on another stream
+        begun = engine.generate(longer)
+        next(begun)
+        begun.close()
+        with torch.cuda.stream(other):
+            found = run(engine, batch)
+        torch.cuda.synchronize()
+        for slot, answer in found.items():
+            comparison.add(f"another stream {trial}", expected[slot].scores, answer.scores)
     with torch.cuda.stream(other):
-        found = run(engine, batch)
+        found = run(invariant(SMALL, dtype), batch)
     torch.cuda.synchronize()
     for slot, answer in found.items():
-        comparison.add("another stream", expected[slot].scores, answer.scores)
+        comparison.add("a new engine on another stream", expected[slot].scores, answer.scores)
     comparison.assert_equal()
 
 
@@ -211,6 +309,60 @@ def test_another_process(compare: Begin) -> None:
         assert mine["numerics"] == there[setup]["numerics"]
         comparison.add_hashes(setup, mine["hashes"], there[setup]["hashes"])
         comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_gpu_of_the_architecture(compare: Begin, dtype: str) -> None:
+    engine = exact_engine("small", dtype, "cuda", kv_cache_bytes=GIB)
+    capability = engine.numerics.compute_capability
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("replay-*.json"))]
+    files = [kept for kept in files if kept["compute_capability"] == capability]
+    if not files:
+        pytest.skip(f"{RESULTS.name} has no replay-*.json of compute capability {capability}")
+    obstacles = [obstacle(kept, dtype, engine.numerics) for kept in files]
+    if all(obstacles):
+        pytest.skip("; ".join(map(str, obstacles)))
+    comparison = compare("another GPU of the architecture", SMALL, engine)
+    for kept, reason in zip(files, obstacles, strict=True):
+        if reason is None:
+            compare_replayed(comparison, kept, dtype, engine)
+    comparison.assert_equal()
+
+
+# --- invariant: memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_of_memory(compare: Begin, dtype: str) -> None:
+    make = partial(invariant, SMALL, dtype)
+    comparison = compare("out of memory", SMALL, make())
+    compare_out_of_memory(comparison, make, VOCABULARY, ["attention", "partial"])
+    comparison.assert_equal()
+
+
+def test_memory_of_a_batch() -> None:
+    model, dtype, device = load_model(SMALL), "bfloat16", torch.device("cuda")
+    numerics = numerics_on(find_device("cuda", dtype), load_policy("invariant"), dtype)
+    batch = Batch(tuple(make_request(make_ids(i, 128 + i, VOCABULARY), 64) for i in range(64)))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    own = GPT2(model.config.to_dict(), model.state_dict(), kernels_for(device), dtype=torch.bfloat16, device=device)
+    engine = GPT2Engine(own, numerics, kv_cache_bytes=GIB)
+    with watch_passes() as passes:
+        assert len(traces(engine, batch)) == 64
+    assert max(map(len, passes)) == 64
+    taken, held = torch.cuda.max_memory_allocated() - before, engine.memory()
+    planned = sum(held.values())
+    said = f"{taken / 2**20:.0f} MiB at most, {taken / planned:.3f} of {planned / 2**20:.0f} MiB: {held}"
+    print(said)
+    assert taken <= 1.15 * planned, said
+    assert held["kv_cache"] <= 1.01 * GIB, said
+
+
+# --- invariant: accuracy ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
