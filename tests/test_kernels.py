@@ -682,6 +682,8 @@ class Tokens:
                     count = min(PAGE, length - at)
                     page = int(cache.table[slot, at // PAGE])
                     target[0][..., page, :, :count, :] = source[..., at : at + count, :]
+        if cache.keys.is_cuda:
+            torch.cuda.synchronize()  # a pass begins with `embed`, which lets no later kernel begin before all this
         return cache
 
     def exact(self) -> torch.Tensor:

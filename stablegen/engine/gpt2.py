@@ -307,9 +307,10 @@ class GPT2Engine:
                     accepted=f"at least {model.kv_cache_bytes_per_page()}",
                 )
             try:
-                cache = model.new_cache(self.max_rows, pages)
-                steps = Steps(model, cache, rows=self.max_rows, graphs=self.graphs)
-                self._memory = cache, steps
+                # made in a caller's inference mode, it could not be written to in any other
+                with torch.inference_mode(False):
+                    cache = model.new_cache(self.max_rows, pages)
+                    self._memory = cache, Steps(model, cache, rows=self.max_rows, graphs=self.graphs)
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
         return self._memory

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stablegen.engine.base import Generated, Observer
@@ -163,7 +164,9 @@ class _Decoder:
             mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, hidden)
         # rows that have finished run on, shapes being fixed; their positions must stay inside the context
         positions = (self._cursor - self._first).clamp(max=self._context - 1)  # [S, 1]
-        scores = self._forward(self._newest, mask[:, None, None], positions)
+        # in 16 bits cuDNN's attention gives a masked row other bits from run to run
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            scores = self._forward(self._newest, mask[:, None, None], positions)
         self._cursor.add_(1)
         return self._choose(scores)
 

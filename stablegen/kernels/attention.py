@@ -52,6 +52,9 @@ def attention(
     Where ``query`` comes as summands of ``layer``, they are added up and biased here, and key and value are stored.
     The order of a sum cannot depend on the batch: keys come in absolute blocks in ascending order, and a tile's rows
     are rows of the same instructions whichever and however many they are.
+
+    For newest tokens, slots, lengths, table and earlier keys are read while the kernels before this one still run: they
+    must be older than the ``embed`` that a pass begins with.
     """
     keys, values = cache.keys[index], cache.values[index]
     _, heads, page, size = keys.shape[-4:]
