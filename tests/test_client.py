@@ -651,6 +651,7 @@ def test_inspecting_what_is_not_there(tmp_path: Path) -> None:
         ({"accepted_risk": 1.5}, "accepted_risk.*1.5.*probability from 0 to 1"),
         ({"accepted_risk": float("nan")}, "accepted_risk.*nan.*probability"),
         ({"size_limit": 0}, "size_limit.*0.*positive"),
+        ({"kv_cache_size": 0}, "kv_cache_size.*0.*positive"),
     ],
 )
 @pytest.mark.parametrize("loaded", [False, True])

@@ -38,6 +38,7 @@ BUILT_IN = {
     "on_risk": "warn",
     "accepted_risk": 0.01,
     "size_limit": None,
+    "kv_cache_size": None,
 }
 
 
@@ -139,6 +140,7 @@ def test_a_revision_belongs_to_the_model_beside_it(folder: Path) -> None:
         ("accepted_risk", 0, 0.0),
         ("size_limit", 1, 1),
         ("size_limit", "2GiB", 2 * 2**30),
+        ("kv_cache_size", "2GiB", 2 * 2**30),
         ("size_limit", "1.5 kB", 1500),
     ],
 )
@@ -164,6 +166,7 @@ def test_values_accepted(folder: Path, key: str, given: object, value: object) -
         ("size_limit", -1, "a positive number of bytes"),
         ("size_limit", True, "a positive number of bytes"),
         ("size_limit", "1,5GB", "'2GiB'"),
+        ("kv_cache_size", "1,5GB", "'2GiB'"),
         ("size_limit", "2 GiB or so", "'2GiB'"),
         ("size_limit", "many", "'2GiB'"),
         ("model", "", "a hub id"),

@@ -31,7 +31,7 @@ policies = st.one_of(st.just(Single()), st.just(Invariant()), st.just(Native()),
 waiting = st.lists(st.integers(1, CONTEXT - 1), max_size=40).map(
     lambda lengths: [request((index,) * length) for index, length in enumerate(lengths)]
 )
-limits = st.builds(Limits, st.just(CONTEXT), st.integers(1, 20), st.booleans(), st.booleans())
+limits = st.builds(Limits, st.just(CONTEXT), st.booleans(), st.booleans())
 
 
 @given(policies, waiting, limits)
