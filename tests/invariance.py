@@ -415,8 +415,8 @@ def compare_limits(comparison: Comparison, make: Callable[..., GPT2Engine], requ
     for settings in (
         {"max_rows": 1},
         {"max_rows": 3, "chunk": 7},
-        {"max_rows": 5, "kv_cache_bytes": needed * page},
-        {"kv_cache_bytes": (needed + 2) * page, "chunk": 65},
+        {"max_rows": 5, "kv_cache_size": needed * page},
+        {"kv_cache_size": (needed + 2) * page, "chunk": 65},
     ):
         engine = make(**settings)
         for again in ("", ", again"):  # over what the first time has left behind

@@ -165,7 +165,7 @@ def test_a_later_batch_shares_what_an_earlier_one_computed_until_it_is_forgotten
 
 
 def test_an_answer_does_not_depend_on_whose_pages_it_shares(pool: list[Request]) -> None:
-    engine, _ = make_engine(max_rows=3, kv_cache_bytes=8 * 2 * 2 * 32 * PAGE * 4)  # eight pages: some are evicted
+    engine, _ = make_engine(max_rows=3, kv_cache_size=8 * 2 * 2 * 32 * PAGE * 4)  # eight pages: some are evicted
     beginnings = [prompt(1, 150), prompt(2, 150)]
     mixed = [make_request((*beginnings[i % 2][: 40 + 15 * i], i), 3) for i in range(7)]
     for requests in (mixed, pool, mixed[::-1], [*pool[:3], *mixed[:3]]):
@@ -200,7 +200,7 @@ def test_prompts_cut_into_chunks_give_the_same_bits(pool: list[Request], chunk: 
 
 def test_tokens_beyond_a_bounded_cache_wait() -> None:
     requests = [make_request(prompt(i, 100), 3) for i in range(4)]
-    engine, kernels = make_engine(kv_cache_bytes=5 * 2 * 2 * 32 * PAGE * 4)  # five pages, two a request
+    engine, kernels = make_engine(kv_cache_size=5 * 2 * 2 * 32 * PAGE * 4)  # five pages, two a request
     assert engine.memory()["kv_cache"] == 6 * 2 * 2 * 32 * PAGE * 4  # one more is spare
     assert_as_alone(run(engine, requests), requests)
     assert max(kernels.slots) == 2
@@ -294,7 +294,7 @@ def test_an_error_in_between_gives_everything_back(pool: list[Request]) -> None:
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:
-    engine, _ = make_engine(kv_cache_bytes=2 * 2 * 2 * 32 * PAGE * 4)  # two pages
+    engine, _ = make_engine(kv_cache_size=2 * 2 * 2 * 32 * PAGE * 4)  # two pages
     small = make_request(prompt(1, 20), 3)
     with pytest.raises(DeviceMemoryError, match=r"130 positions do not fit.*kv_cache_size"):
         run(engine, [small, make_request(prompt(1, 120), 10)])
@@ -302,7 +302,7 @@ def test_a_request_that_can_never_fit_is_refused() -> None:
 
 
 def test_a_cache_of_no_page_is_refused() -> None:
-    engine, _ = make_engine(kv_cache_bytes=1000)
+    engine, _ = make_engine(kv_cache_size=1000)
     with pytest.raises(DeviceMemoryError, match="kv_cache_size=1000"):
         run(engine, [make_request(prompt(1, 2), 1)])
 

@@ -105,15 +105,20 @@ class Answers:
 
     def check(self) -> None:
         """Raise ``NonFiniteScoresError`` where a row had to be given up."""
-        if not self._failed:
-            return
-        request, step = self._failed[0]
-        shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
-        raise NonFiniteScoresError(
-            f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
-            + (f" (and of {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""),
-            hint="Nothing of it was cached. Try dtype='float32', and check the weights",
-        )
+        raise_failed(self._failed)
+
+
+def raise_failed(failed: Sequence[tuple[Request, int]]) -> None:
+    """Raise ``NonFiniteScoresError`` where requests had to be given up, each at a step."""
+    if not failed:
+        return
+    request, step = failed[0]
+    shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
+    raise NonFiniteScoresError(
+        f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
+        + (f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""),
+        hint="Nothing of it was cached. Try dtype='float32', and check the weights",
+    )
 
 
 def decode(
@@ -145,14 +150,24 @@ def decode(
 def run_on(device: torch.device, batch: Batch, action: Callable[[], _T]) -> _T:
     """Run a part of a batch's work; raise ``DeviceMemoryError`` where it does not fit."""
     try:
-        # a caller's autocast would compute in another dtype than the numerics say
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        with computing(device):
             return action()
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"a batch of {len(batch.rows)} rows did not fit into the device's memory",
             hint="Use fewer rows, shorter prompts or a 16-bit dtype",
         ) from error
+
+
+@contextlib.contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """Compute on the device, whichever is torch's current one, without gradients and without a caller's autocast.
+
+    Autocast would compute in another dtype than the numerics say; an event would wait for the current device's stream.
+    """
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device, torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def check_flags(numerics: Numerics) -> None:

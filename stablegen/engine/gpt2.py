@@ -24,15 +24,16 @@ import torch
 from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
 from stablegen.engine.cuda_graph import Steps
-from stablegen.engine.decode import check_flags, cpu_threads
+from stablegen.engine.decode import check_flags, computing, cpu_threads, raise_failed
 from stablegen.engine.kv_cache import TICKS, KVCache, copy_in
 from stablegen.engine.scheduler import Piece, Row, Scheduler
 from stablegen.engine.weights import check_finite
-from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError, NonFiniteScoresError
+from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError
 from stablegen.kernels.base import PAGE, KernelSet, Linear, Norm, Rows
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 from stablegen.record import Composition, Trace
+from stablegen.request import Request
 
 CHUNK = {"cuda": 4096, "cpu": 2048}
 """Tokens of one pass at most, by device: longer prefills are cut, which moves no bit."""
@@ -172,7 +173,7 @@ class GPT2:
 class GPT2Engine:
     """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's.
 
-    ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_bytes``: the
+    ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_size``: the
     bound on keys and values. ``graphs``: whether one-token passes are recorded. None of them moves a bit.
     """
 
@@ -183,7 +184,7 @@ class GPT2Engine:
         *,
         max_rows: int | None = None,
         chunk: int | None = None,
-        kv_cache_bytes: int | None = None,
+        kv_cache_size: int | None = None,
         graphs: bool = True,
     ) -> None:
         kind = model.device.type
@@ -192,11 +193,10 @@ class GPT2Engine:
         self.max_rows = max_rows or MAX_ROWS[kind]
         self.limits = Limits(context=model.context)
         self.chunk = chunk or CHUNK[kind]
-        self.kv_cache_bytes = kv_cache_bytes or DEFAULT_KV_CACHE[kind]
+        self.kv_cache_size = kv_cache_size or DEFAULT_KV_CACHE[kind]
         self.graphs = graphs
         self._lock = threading.RLock()
         self._running = False
-        self._tick = 0
         self._memory: tuple[KVCache, Steps] | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -248,7 +248,7 @@ class GPT2Engine:
     def _generate(self, batch: Batch, observe: Observer | None) -> Iterator[Generated]:
         requests = dict(batch.requests)
         started = time.perf_counter()
-        failed: list[Row] = []
+        failed: list[tuple[Request, int]] = []
         while requests:
             lacking: torch.OutOfMemoryError | None = None
             cache, steps = self._reserve()
@@ -264,7 +264,7 @@ class GPT2Engine:
                 for row in run:
                     del requests[row.slot]
                     if row.finish_reason is None:
-                        failed.append(row)
+                        failed.append((row.request, len(row.steps) - 1))
                         continue
                     yield Generated(
                         row.request,
@@ -285,14 +285,7 @@ class GPT2Engine:
             if lacking is not None:
                 del run, cache, steps
                 self._shrink(lacking)
-        if failed:
-            request, step = failed[0].request, len(failed[0].steps) - 1
-            shown = repr(request.prompt) if request.prompt is not None else f"of {len(request.prompt_ids)} tokens"
-            raise NonFiniteScoresError(
-                f"the scores became NaN or infinite at step {step} of the prompt {shown:.80}"
-                + (f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""),
-                hint="Nothing of it was cached. Try dtype='float32', and check the weights",
-            )
+        raise_failed(failed)
 
     def _reserve(self) -> tuple[KVCache, Steps]:
         """Return the KV cache and the one-token passes over it; halve the rows until they fit."""
@@ -300,10 +293,10 @@ class GPT2Engine:
         while self._memory is None:
             model = self.model
             per_slot = -(-model.context // PAGE)
-            pages = min(self.kv_cache_bytes // model.kv_cache_bytes_per_page(), self.max_rows * per_slot)
+            pages = min(self.kv_cache_size // model.kv_cache_bytes_per_page(), self.max_rows * per_slot)
             if pages < 1:
                 raise DeviceMemoryError(
-                    f"kv_cache_size={self.kv_cache_bytes} bytes hold not one page of {PAGE} positions",
+                    f"kv_cache_size={self.kv_cache_size} bytes hold not one page of {PAGE} positions",
                     accepted=f"at least {model.kv_cache_bytes_per_page()}",
                 )
             try:
@@ -324,7 +317,7 @@ class GPT2Engine:
             ) from error
         self.max_rows = max(1, self.max_rows // 2)
         self.chunk = max(PAGE, self.chunk // 2)
-        self.kv_cache_bytes = max(self.kv_cache_bytes // 2, self.model.kv_cache_bytes_per_page())
+        self.kv_cache_size = max(self.kv_cache_size // 2, self.model.kv_cache_bytes_per_page())
         _log.warning("out of memory: going on with %d rows at once, %d tokens a pass", self.max_rows, self.chunk)
         self._memory = None
         torch.cuda.empty_cache()
@@ -382,11 +375,8 @@ class _Run:
         self._scheduler.close()
 
     def _device_work(self, action: Callable[[], _T]) -> _T:
-        # a caller's autocast would compute in another dtype than the numerics say
-        device = self._model.device
-        threads = self._engine.numerics.threads
         self._engine.order_after_last()
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_threads(threads):
+        with computing(self._model.device), cpu_threads(self._engine.numerics.threads):
             return action()
 
     def _advance(self) -> None:

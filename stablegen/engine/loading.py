@@ -44,7 +44,7 @@ def _load(checkpoint: Checkpoint, planned: Numerics, target: torch.device, kv_ca
     if isinstance(policy, Invariant):
         tensors = _read_weights(checkpoint)
         model = GPT2(checkpoint.config, tensors, kernels_for(target), dtype=dtype, device=target)
-        return GPT2Engine(model, observed(planned, target), kv_cache_bytes=kv_cache_size)
+        return GPT2Engine(model, observed(planned, target), kv_cache_size=kv_cache_size)
     loaded = _load_transformers(checkpoint, dtype, target)
     static = allows_static_cache(checkpoint.config)
     numerics = observed(planned, target, attention=loaded.config._attn_implementation, static_cache=static)
@@ -57,7 +57,7 @@ def wrap_model(model: Any, planned: Numerics, context: int, kv_cache_size: int |
         config = model.config.to_dict()
         kernels = kernels_for(model.device)
         own = GPT2(config, model.state_dict(), kernels, dtype=getattr(torch, planned.dtype), device=model.device)
-        return GPT2Engine(own, observed(planned, model.device), kv_cache_bytes=kv_cache_size)
+        return GPT2Engine(own, observed(planned, model.device), kv_cache_size=kv_cache_size)
     numerics = observed(
         planned,
         model.device,

@@ -26,7 +26,9 @@ _CROWD = 100
 
 
 def self_check(engine: Engine, vocabulary: int, width: int | None = None, capacity: int | None = None) -> SelfCheck:
-    """Return what the engine's policy keeps of its promise under its numerics, in a few seconds.
+    """Return what the engine's policy keeps of its promise under its numerics.
+
+    Takes some seconds, and on a GPU those in which kernels are compiled for the first time.
 
     ``width`` and ``capacity``: the ``Shape`` to measure; ``padded:N`` needs a width.
     """

@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stablegen.engine.base import Generated, Observer
@@ -164,9 +163,7 @@ class _Decoder:
             mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, hidden)
         # rows that have finished run on, shapes being fixed; their positions must stay inside the context
         positions = (self._cursor - self._first).clamp(max=self._context - 1)  # [S, 1]
-        # in 16 bits cuDNN's attention gives a masked row other bits from run to run
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            scores = self._forward(self._newest, mask[:, None, None], positions)
+        scores = self._forward(self._newest, mask[:, None, None], positions)
         self._cursor.add_(1)
         return self._choose(scores)
 
@@ -361,8 +358,5 @@ class StaticDecoding:
         return action()
 
     def _run(self, batch: Batch, action: Callable[[], _T]) -> _T:
-        on_device: AbstractContextManager[Any] = nullcontext()
-        if self._device.type == "cuda":
-            on_device = torch.cuda.device(self._device)
-        with on_device, cpu_threads(self._threads):
+        with cpu_threads(self._threads):
             return run_on(self._device, batch, action)

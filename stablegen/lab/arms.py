@@ -152,7 +152,7 @@ class InvariantArm(_EngineArm):
                 engine.model,
                 engine.numerics,
                 max_rows=max(engine.max_rows, batch),
-                kv_cache_bytes=max(engine.kv_cache_bytes, _cache_bytes(engine.model, batch, reach)),
+                kv_cache_size=max(engine.kv_cache_size, _cache_bytes(engine.model, batch, reach)),
             )
 
     def plan(self, requests: Sequence[Request], engine: Engine) -> list[Batch]:
@@ -172,7 +172,7 @@ class VendorArm(InvariantArm):
         self._device = subject.device.name
         engine = make_vendor_engine(deepcopy(subject.model), subject.dtype, reach=reach, max_rows=batch)
         size = _cache_bytes(engine.model, batch, reach)
-        self._engine = GPT2Engine(engine.model, engine.numerics, max_rows=batch, kv_cache_bytes=size)
+        self._engine = GPT2Engine(engine.model, engine.numerics, max_rows=batch, kv_cache_size=size)
 
 
 class SingleArm(_EngineArm):

@@ -27,6 +27,7 @@ from stablegen.engine.transformers import TransformersEngine
 from stablegen.errors import DeviceMemoryError, ParameterError, StablegenError
 from stablegen.frozen import Frozen
 from stablegen.lab.arms import ARMS, Arm, Prompts, Subject, free_memory, synchronise
+from stablegen.lab.progress import ticker
 from stablegen.numerics import find_device, numerics_on, version_of
 from stablegen.policy import Native
 
@@ -316,7 +317,7 @@ def measure(options: Options, progress: Progress | None = None, clock: Clock = t
     found = {name: ARMS[name]().missing(device) for name in plan.arms}
     unavailable = {name: reason for name, reason in found.items() if reason is not None}
     arms = [name for name in plan.arms if name not in unavailable]
-    tick = _ticker(progress, _ticks(plan, arms))
+    tick = ticker(progress, _ticks(plan, arms))
     bandwidth = measure_bandwidth(device.name, clock)
     tick()
     floors: list[Floor] = []
@@ -358,14 +359,6 @@ def _ticks(plan: Plan, arms: list[str]) -> int:
 
 def _golden_runs(arm: str) -> int:
     return 1 if arm == "eager" else GOLDEN_RUNS
-
-
-def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = iter(range(1, total + 1))
-    if progress is None:
-        return lambda: None
-    progress(0, total)
-    return lambda: progress(next(done), total)
 
 
 class Gauge:

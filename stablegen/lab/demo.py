@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_engine
 from stablegen.engine.self_check import self_check
 from stablegen.frozen import Frozen
+from stablegen.lab.progress import ticker
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
 from stablegen.policy import Batch, Native, Shape, load_policy
 from stablegen.record import SelfCheck, Verdict
@@ -115,7 +116,7 @@ def measure(progress: Progress | None = None) -> DemoReport:
 def _measure(progress: Progress | None) -> DemoReport:
     started = time.perf_counter()
     runs = [(policy, dtype) for dtype in DTYPES for policy in ("native", *POLICIES)]
-    tick = _ticker(progress, len(runs) + 1)
+    tick = ticker(progress, len(runs) + 1)
     measured = []
     for policy, dtype in runs:
         measured.append(_measure_policy(policy, dtype))
@@ -131,14 +132,6 @@ def _measure(progress: Progress | None) -> DemoReport:
         judged=judged,
         seconds=time.perf_counter() - started,
     )
-
-
-def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = iter(range(1, total + 1))
-    if progress is None:
-        return lambda: None
-    progress(0, total)
-    return lambda: progress(next(done), total)
 
 
 def _situations(needles: list[Any], others: list[Any]) -> list[tuple[str, list[Any]]]:

@@ -88,7 +88,7 @@ def free_memory() -> Iterator[None]:
 
 def invariant(name: str, dtype: str, **settings: Any) -> GPT2Engine:
     """Return a new engine whose KV cache leaves room for those of other processes."""
-    return invariant_engine(name, dtype, "cuda", **({"kv_cache_bytes": GIB} | settings))
+    return invariant_engine(name, dtype, "cuda", **({"kv_cache_size": GIB} | settings))
 
 
 def engine_of(name: str, policy: str, dtype: str) -> Engine:
@@ -105,7 +105,7 @@ def needle_of(length: int = 21, steps: int = 4) -> Any:
 @pytest.mark.parametrize("at_once", [256, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batch_size(compare: Begin, name: str, dtype: str, at_once: int) -> None:
-    engine = invariant(name, dtype, max_rows=at_once, chunk=8192, kv_cache_bytes=2 * GIB)
+    engine = invariant(name, dtype, max_rows=at_once, chunk=8192, kv_cache_size=2 * GIB)
     comparison = compare(f"batch size, {at_once} rows at once", name, engine)
     sizes = SIZES if at_once == 512 else [1, 17, 129, 255, 256, 257]
     with watch_passes() as passes:
@@ -142,7 +142,7 @@ def test_a_prompt_is_computed_while_the_needle_decodes(compare: Begin, dtype: st
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_needle_among_fillers(compare: Begin, name: str, dtype: str) -> None:
-    engine = invariant(name, dtype, kv_cache_bytes=2 * GIB)
+    engine = invariant(name, dtype, kv_cache_size=2 * GIB)
     comparison = compare("needle among fillers", name, engine)
     compare_needle(comparison, engine, needle_of(100, steps=6), VOCABULARY, trials=5, rows=64, longest=900)
     comparison.assert_equal()
@@ -196,7 +196,7 @@ def test_prefill_is_decode(compare: Begin, name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_over_every_edge_of_a_page(compare: Begin, name: str, dtype: str) -> None:
-    engine = invariant(name, dtype, kv_cache_bytes=2 * GIB)
+    engine = invariant(name, dtype, kv_cache_size=2 * GIB)
     comparison = compare("edges of pages", name, engine)
     compare_edges(comparison, engine, VOCABULARY)
     comparison.assert_equal()
@@ -235,7 +235,7 @@ def test_shared_prefixes(compare: Begin, name: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_graph_moves_no_bit(compare: Begin, name: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     # one pass for all prompts, and room for all rows
-    make = partial(invariant, name, dtype, max_rows=300, chunk=8192, kv_cache_bytes=2 * GIB)
+    make = partial(invariant, name, dtype, max_rows=300, chunk=8192, kv_cache_size=2 * GIB)
     recorded, launched = make(), make(graphs=False)
     comparison = compare("graph against launch", name, recorded)
     buckets = {1: 1, 2: 2, 3: 4, 17: 32, 65: 96, 200: 256, 257: 300}
@@ -313,7 +313,7 @@ def test_another_process(compare: Begin) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_gpu_of_the_architecture(compare: Begin, dtype: str) -> None:
-    engine = exact_engine("small", dtype, "cuda", kv_cache_bytes=GIB)
+    engine = exact_engine("small", dtype, "cuda", kv_cache_size=GIB)
     capability = engine.numerics.compute_capability
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("replay-*.json"))]
     files = [kept for kept in files if kept["compute_capability"] == capability]
@@ -350,7 +350,7 @@ def test_memory_of_a_batch() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     own = GPT2(model.config.to_dict(), model.state_dict(), kernels_for(device), dtype=torch.bfloat16, device=device)
-    engine = GPT2Engine(own, numerics, kv_cache_bytes=GIB)
+    engine = GPT2Engine(own, numerics, kv_cache_size=GIB)
     with watch_passes() as passes:
         assert len(traces(engine, batch)) == 64
     assert max(map(len, passes)) == 64

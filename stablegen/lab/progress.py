@@ -1,0 +1,18 @@
+"""Count what an experiment has done, for whoever shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stablegen.client import Progress
+
+
+def ticker(progress: Progress | None, total: int) -> Callable[[], None]:
+    """Return what is called after each of ``total`` parts, and tells ``progress`` where there is one."""
+    if progress is None:
+        return lambda: None
+    done = iter(range(1, total + 1))
+    progress(0, total)
+    return lambda: progress(next(done), total)
