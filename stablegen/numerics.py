@@ -22,18 +22,16 @@ from stablegen.device import Device, resolve_device, usable_cpus
 from stablegen.frozen import Frozen
 from stablegen.policy import ExecutionPolicy, Invariant, Padded, Single
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Raised whenever the transformers engine, its KV cache growing, would give other bits for the same request."""
-STATIC_ENGINE_VERSION = 1
+STATIC_ENGINE_VERSION = 2
 """Raised whenever the transformers engine, its KV cache of fixed length, would give other bits."""
-STATIC_DTYPES = frozenset({"float32"})
-"""Dtypes whose step over a KV cache of fixed length kept its bits on a GPU; in 16 bits it did not yet."""
 STATIC_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "olmo2", "phi", "qwen2", "qwen3"})
 """``model_type`` of the architectures whose decode step can be captured: tests run each of them."""
 _FIXED_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
 """Rotary embeddings that do not look at how long the sequence has become."""
 _SDP = ("flash", "mem_efficient", "math", "cudnn")
-KERNEL_VERSIONS = {"triton": 2, "reference": 1}
+KERNEL_VERSIONS = {"triton": 3, "reference": 1}
 """Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
     "ATEN_CPU_CAPABILITY",
@@ -153,13 +151,7 @@ def numerics_on(
     if own:
         kernel_set = "triton" if device.is_cuda else "reference"
         kernels = f"{kernel_set}/{KERNEL_VERSIONS[kernel_set]}"
-    elif (
-        static_cache
-        and device.is_cuda
-        and dtype in STATIC_DTYPES
-        and attention == "sdpa"
-        and isinstance(policy, Single | Padded)
-    ):
+    elif static_cache and device.is_cuda and attention == "sdpa" and isinstance(policy, Single | Padded):
         kernels = f"transformers-sdpa-static/{STATIC_ENGINE_VERSION}"
     else:
         kernels = f"transformers-{attention}/{ENGINE_VERSION}"

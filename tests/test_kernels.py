@@ -21,6 +21,7 @@ from stablegen.kernels.reference import ReferenceKernels, best_two
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 from stablegen.kernels import attention, linear, scores
+from stablegen.kernels.operand import EXPONENT
 from stablegen.kernels.triton import TritonKernels
 
 HAS_GPU = torch.cuda.is_available()
@@ -68,14 +69,14 @@ class Subject:
         """Return activations [M, K] as operations hand them to each other."""
         if not self.paired:
             return x.to(self.device, self.dtype)
-        scaled = x.float() * 2.0**linear.EXPONENT
+        scaled = x.float() * 2.0**EXPONENT
         high = scaled.half()
         return torch.stack([high, ((scaled - high.float()) * 2.0**11).half()]).to(self.device)
 
     def read(self, operand: torch.Tensor) -> torch.Tensor:
         """Return what activations [M, K] are, in float64; also keys and values [..., D]."""
         operand = operand.cpu().double()
-        return (operand[0] + operand[1] * 2.0**-11) * 2.0**-linear.EXPONENT if self.paired else operand
+        return (operand[0] + operand[1] * 2.0**-11) * 2.0**-EXPONENT if self.paired else operand
 
     def layer(self, k: int, n: int, seed: int = 1) -> Layer:
         weight = self.normal(k, n, seed=seed).float() / k**0.5
@@ -583,6 +584,21 @@ def test_add_norm_ignores_its_neighbours(subject: Subject) -> None:
     sums.x[1:3] = 1e30
     sums.parts[:, 3:] = float("nan")
     assert torch.equal(sums.row_bits(torch.arange(5))[0], expected)
+
+
+@subjects()
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e4, 1e15])
+def test_norms_of_any_size_are_accurate(subject: Subject, scale: float) -> None:
+    e = 320
+    x = torch.randn(2, e, generator=torch.Generator().manual_seed(3)) * scale
+    x[1, 7] = 1000 * scale  # one number that outweighs all others
+    nothing = Linear(x, torch.zeros(e, dtype=subject.dtype, device=subject.device), 1, e)
+    plain = Norm(nothing.bias + 1, nothing.bias, 1e-5)
+    x = x.to(subject.device)
+    _, normed = subject.kernels.add_norm(x, torch.zeros(1, 2, e, device=subject.device), nothing, plain)
+    expected = layer_norm(x, plain)
+    for found, exact in zip(subject.read(normed), expected, strict=True):
+        assert error(found, exact) < TOLERANCE[subject.dtype]
 
 
 @subjects()

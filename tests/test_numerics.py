@@ -99,7 +99,7 @@ def test_which_fields_apply(policy: str, device: Device, given: set[str], absent
     [
         ("invariant", CPU, f"reference/{KERNEL_VERSIONS['reference']}"),
         ("invariant", H100, f"triton/{KERNEL_VERSIONS['triton']}"),
-        ("single", CPU, "transformers-eager/1"),
+        ("single", CPU, "transformers-eager/2"),
     ],
 )
 def test_kernels_are_named(policy: str, device: Device, kernels: str) -> None:

@@ -341,11 +341,6 @@ def test_the_numerics_name_it(policy: str, device: Device, attention: str, allow
     assert found.static_cache is static
 
 
-def test_a_dtype_that_moved_bits_grows_its_cache() -> None:
-    for dtype in ("float16", "bfloat16"):
-        assert not numerics_on(H100, load_policy("single"), dtype, static_cache=True).static_cache
-
-
 def test_a_client_measures_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def as_on_a_gpu(*arguments: Any, **named: Any) -> Any:
         return numerics_on(*arguments, **named).model_copy(update={"kernels": STATIC})

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from stablegen.engine.attention import OneKernel
 from stablegen.engine.base import Generated, Observer
 from stablegen.engine.decode import Answers, cpu_threads, run_on
 from stablegen.kernels.base import BestTwo
@@ -168,14 +169,15 @@ class _Decoder:
         return self._choose(scores)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with OneKernel():
+            out = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         scores: torch.Tensor = out.logits[:, -1].float()  # [S, V]
         return scores
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stablegen.engine.attention import OneKernel
 from stablegen.engine.base import Generated, Observer
 from stablegen.engine.decode import check_flags, cpu_threads, decode
 from stablegen.errors import ModelError
 from stablegen.kernels.reference import best_two
 from stablegen.numerics import Numerics
-from stablegen.policy import Batch, Limits
+from stablegen.policy import Batch, Limits, Native, load_policy
 
 if TYPE_CHECKING:
     from stablegen.engine.static_cache import StaticDecoding
@@ -34,6 +36,7 @@ class TransformersEngine:
         self.numerics = numerics
         self.limits = Limits(context=context, static_cache=numerics.static_cache)
         self.accepts = frozenset(inspect.signature(model.forward).parameters)
+        self.attention = nullcontext if isinstance(load_policy(numerics.policy), Native) else OneKernel
         self._static: StaticDecoding | None = None
         if numerics.static_cache:
             from stablegen.engine.static_cache import StaticDecoding
@@ -92,7 +95,7 @@ class _LeftPadded:
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, live: list[int]) -> torch.Tensor:
         optional = {"position_ids": positions, "logits_to_keep": 1}
         arguments = {name: value for name, value in optional.items() if name in self._engine.accepts}
-        with cpu_threads(self._engine.numerics.threads):
+        with cpu_threads(self._engine.numerics.threads), self._engine.attention():
             out = self._engine.model(
                 input_ids=ids, attention_mask=self._mask, past_key_values=self._past, use_cache=True, **arguments
             )

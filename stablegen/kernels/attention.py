@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from stablegen.kernels.base import Cache, Linear, Placed, Rows
-from stablegen.kernels.launch import begin, invite, options, prefetch
-from stablegen.kernels.linear import EXPONENT, block_product, load_pair, operand, pair, store_operand
+from stablegen.kernels.launch import begin, invite, launch, prefetch
+from stablegen.kernels.operand import EXPONENT, block_product, load_pair, lone_row, operand, pair, store_operand
 
 BLOCK_KEYS = {False: 128, True: 64}
 """Keys that one step takes, an absolute block of positions: of 16-bit numbers, and of pairs."""
@@ -54,7 +54,7 @@ def attention(
     are rows of the same instructions whichever and however many they are.
 
     For newest tokens, slots, lengths, table and earlier keys are read while the kernels before this one still run: they
-    must be older than the ``embed`` that a pass begins with.
+    must be older than the pass, which begins with ``embed`` and a ``first`` product.
     """
     keys, values = cache.keys[index], cache.values[index]
     _, heads, page, size = keys.shape[-4:]
@@ -64,38 +64,39 @@ def attention(
     assert rows.tile == 1 or not summands
     out = operand((count, heads * size), torch.float32 if paired else keys.dtype, query.device)
     tile = tile or _tile(rows.tile, paired)
-    with torch.cuda.device(query.get_device()):  # -1 on a CPU: changes nothing
-        _attention[(len(rows.tile_first), heads)](
-            query,
-            layer.bias,
-            keys,
-            values,
-            cache.table,
-            cache.lengths,
-            cache.table.shape[1],
-            rows.slots,
-            placed.positions,
-            rows.tile_first,
-            rows.tile_count,
-            out,
-            # pairs of queries and keys are 2**EXPONENT times as large, those of values as those of the result
-            scale * _LOG2_E * (2.0 ** (-2 * EXPONENT) if paired else 1.0),
-            count,
-            keys.stride(0),
-            HEADS=heads,
-            D=size,
-            PAGE=page,
-            ROWS=tile.rows,
-            BLOCK_D=max(16, triton.next_power_of_2(size)),
-            BLOCK_KEYS=BLOCK_KEYS[paired],
-            NEWEST=rows.tile == 1,
-            PARTS=len(query) if summands else 0,
-            PAIRED=paired,
-            WIDEN=keys.dtype == torch.bfloat16 and not query.is_cuda,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **options(query.device),
-        )
+    launch(
+        _attention,
+        (len(rows.tile_first), heads),
+        query.device,
+        query,
+        layer.bias,
+        keys,
+        values,
+        cache.table,
+        cache.lengths,
+        cache.table.shape[1],
+        rows.slots,
+        placed.positions,
+        rows.tile_first,
+        rows.tile_count,
+        out,
+        # pairs of queries and keys are 2**EXPONENT times as large, those of values as those of the result
+        scale * _LOG2_E * (2.0 ** (-2 * EXPONENT) if paired else 1.0),
+        count,
+        keys.stride(0),
+        HEADS=heads,
+        D=size,
+        PAGE=page,
+        ROWS=tile.rows,
+        BLOCK_D=max(16, triton.next_power_of_2(size)),
+        BLOCK_KEYS=BLOCK_KEYS[paired],
+        NEWEST=rows.tile == 1,
+        PARTS=len(query) if summands else 0,
+        PAIRED=paired,
+        WIDEN=keys.dtype == torch.bfloat16 and not query.is_cuda,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return out
 
 
@@ -174,7 +175,6 @@ def _attention(  # launched by position
             q_sum = _add_parts(at_row, inside, T, 3 * E, PARTS) + q_bias
             k_sum = _add_parts(at_row + E, inside, T, 3 * E, PARTS) + k_bias
             v_sum = _add_parts(at_row + 2 * E, inside, T, 3 * E, PARTS) + v_bias
-            qh, ql = pair(q_sum, keys.dtype.element_ty, PAIRED)
             kh, kl = pair(k_sum, keys.dtype.element_ty, PAIRED)
             vh, vl = pair(v_sum, keys.dtype.element_ty, PAIRED)
             tl.store(keys + own, kh, mask=inside)
@@ -182,9 +182,7 @@ def _attention(  # launched by position
             if PAIRED:
                 tl.store(keys + own + size, kl, mask=inside)
                 tl.store(values + own + size, vl, mask=inside)
-            held = (row == 0)[:, None] & inside[None, :]
-            q_high = tl.where(held, qh[None, :], 0.0).to(keys.dtype.element_ty)
-            q_low = tl.where(held, ql[None, :], 0.0).to(keys.dtype.element_ty)
+            q_high, q_low = lone_row(q_sum, row, inside, keys.dtype.element_ty, PAIRED)
         else:
             begin(EARLY)
             kh, kl = load_pair(keys + own, inside, size, PAIRED)
@@ -263,7 +261,8 @@ def _take(
     WIDEN: tl.constexpr,
 ) -> tl.tensor:
     """Take one block of keys into a tile's running maximum, weights and weighted values."""
-    score = tl.where(seen, block_product(q, k, PAIRED, WIDEN) * scale, float("-inf"))
+    zero = tl.zeros((q[0].shape[0], k[0].shape[1]), dtype=tl.float32)
+    score = tl.where(seen, block_product(q, k, zero, PAIRED, WIDEN) * scale, float("-inf"))
     now = tl.maximum(best, tl.max(score, axis=1))  # position 0 is always seen, so this is no -inf
     fade = tl.exp2(best - now)[:, None]
     share = tl.exp2(score - now[:, None])
@@ -271,11 +270,8 @@ def _take(
     high = share.to(dtype)
     low = ((share - high.to(tl.float32)) * 2048.0).to(dtype) if PAIRED else high
     ones = tl.full((v[0].shape[0], 16), 1.0, dtype)
-    if PAIRED:
-        weight = weight * fade + block_product((high, low), (ones, ones * 0.0), PAIRED, WIDEN)
-    else:
-        weight = weight * fade + block_product((high, low), (ones, ones), PAIRED, WIDEN)
-    return now, weight, result * fade + block_product((high, low), v, PAIRED, WIDEN)
+    weight = block_product((high, low), (ones, ones * 0.0), weight * fade, PAIRED, WIDEN)
+    return now, weight, block_product((high, low), v, result * fade, PAIRED, WIDEN)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs

@@ -1,35 +1,31 @@
 """Affine layers in Triton: sums of tensor-core steps whose order is fixed by dtype, N and K.
 
-**Why no batch can move a bit.** K is cut into ``splits`` slices and these into blocks of ``block_k``. A block is a
-chain of ``mma.sync`` steps over ascending k that begins at zero; blocks are added up in their order in float32, outside
-of the tensor cores, and so are slices. ``linear_plan`` fixes all of this from N and K. The number of rows decides only
-which outputs a program computes (``_tile``), when it fetches what it needs, and whether the slices of an output meet in
-one program or in the kernel that reads its summands. A tile of 64 rows or more never has four warps or more, for then
-Triton would choose ``wgmma`` on Hopper, an instruction of another shape.
-
-**float32** travels as pairs of float16: ``x = 2**-e * (high + low * 2**-11)``, 22 bits and a sign, so that three
-products of halves on tensor cores, high * high + (high * low + low * high) * 2**-11, are as good as float32's own
-(Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Weights are paired when they are
-loaded, [2, N, K], in the bytes that float32 takes; activations where they are made, [2, M, K].
+**Why no batch can move a bit.** K is cut into ``splits`` slices and these into blocks of ``block_k``. A slice is a
+chain of ``mma.sync`` steps over ascending k that begins at zero, of pairs (see ``operand``) a sum of such chains, one a
+block, in their order; slices are added up in their order, outside of the tensor cores. ``linear_plan`` fixes all of
+this from N and K. The number of rows decides only which outputs a program computes (``_tile``), when it fetches what it
+needs, and whether the slices of an output meet in one program or in the kernel that reads its summands. A tile of 64
+rows or more never has four warps or more, for then Triton would choose ``wgmma`` on Hopper, an instruction of another
+shape.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from stablegen.kernels.base import Linear
-from stablegen.kernels.launch import begin, invite, options, prefetch
+from stablegen.kernels.launch import FEW_SHARED, MANY_SHARED, begin, invite, launch, prefetch
+from stablegen.kernels.operand import EXPONENT, block_product, load_pair, lone_row, operand, pair, store_operand
 
 BLOCK_K = 64
 """Elements of K in a block."""
 FEW_ROWS = 16
-EXPONENT = -4
-"""Activations are paired as ``x * 2**EXPONENT``: up to a million in size, to the last bit of a float32 near one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +65,6 @@ def linear_plan(n: int, k: int) -> LinearPlan:
     return LinearPlan(-(-k // slice_k), slice_k, BLOCK_K)
 
 
-def operand(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return memory for activations [M, K]: those of float32 are pairs, [2, M, K] float16."""
-    if dtype == torch.float32:
-        return torch.empty((2, *shape), dtype=torch.float16, device=device)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def prepare(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """Lay a weight [K, N] out as [N, K], where a column's numbers lie side by side; float32 as pairs [2, N, K]."""
     k, n = weight.shape
@@ -92,12 +81,14 @@ def prepare(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return Linear(pair, bias, k, n, exponent=exponent)
 
 
-def partial(x: torch.Tensor, layer: Linear, before: Linear | None = None, tile: Tile | None = None) -> torch.Tensor:
+def partial(
+    x: torch.Tensor, layer: Linear, before: Linear | None = None, tile: Tile | None = None, *, first: bool = False
+) -> torch.Tensor:
     """Return ``x @ weight`` [P, M, N] float32, to be added up in order; P is 1 where a program added all slices.
 
     With ``before``, x is what ``partial`` returned for that layer, and is added up, biased and put through gelu_new as
-    it is read. The order of a sum cannot depend on the batch: it is the plan's, and both ways add the same slices in
-    it.
+    it is read. ``first``: of a pass; see ``qkv``. The order of a sum cannot depend on the batch: it is the plan's, and
+    both ways add the same slices in it.
     """
     rows = x.shape[-2]
     plan = linear_plan(layer.n, layer.k)
@@ -106,20 +97,23 @@ def partial(x: torch.Tensor, layer: Linear, before: Linear | None = None, tile: 
     out = torch.empty((programs, rows, layer.n), dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(layer.n, tile.block_n)
     assert before is None or (tile.ahead and programs == plan.splits), tile
-    with torch.cuda.device(x.get_device()):  # -1 on a CPU: changes nothing
-        _partial[(tiles, programs)](
-            x,
-            layer.weight,
-            out,
-            None if before is None else before.bias,
-            rows,
-            layer.n,
-            layer.k,
-            PARTS=0 if before is None else len(x),
-            ONE=rows == 1,
-            SLICES=plan.splits // programs,
-            **compiled(layer, plan, tile),
-        )
+    launch(
+        _partial,
+        (tiles, programs),
+        x.device,
+        x,
+        layer.weight,
+        out,
+        None if before is None else before.bias,
+        rows,
+        layer.n,
+        layer.k,
+        PARTS=0 if before is None else len(x),
+        ONE=rows == 1,
+        FIRST=first,
+        SLICES=plan.splits // programs,
+        **compiled(layer, plan, tile),
+    )
     return out
 
 
@@ -133,18 +127,20 @@ def gelu(x: torch.Tensor, layer: Linear, tile: Tile | None = None) -> torch.Tens
     tile = tile or _tile(layer, rows)
     out = operand((rows, layer.n), torch.float32 if layer.paired else x.dtype, x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(layer.n, tile.block_n)
-    with torch.cuda.device(x.get_device()):
-        _gelu[(tiles,)](
-            x,
-            layer.weight,
-            layer.bias,
-            out,
-            rows,
-            layer.n,
-            layer.k,
-            SLICES=plan.splits,
-            **compiled(layer, plan, tile),
-        )
+    launch(
+        _gelu,
+        (tiles,),
+        x.device,
+        x,
+        layer.weight,
+        layer.bias,
+        out,
+        rows,
+        layer.n,
+        layer.k,
+        SLICES=plan.splits,
+        **compiled(layer, plan, tile),
+    )
     return out
 
 
@@ -155,10 +151,14 @@ def qkv(
     values: torch.Tensor,
     places: torch.Tensor,  # [M] int32
     tile: Tile | None = None,
+    *,
+    first: bool = False,
 ) -> torch.Tensor:
     """Return queries [M, E] as an operand; each row's key and value go to its place in the cache.
 
-    The order of a sum cannot depend on the batch: one program adds up all slices in their order.
+    ``first``: whether it is the first product of a pass. No later kernel begins before such a one has its rows, so
+    whatever came before ``embed`` is done by then, and need not be waited for. The order of a sum cannot depend on the
+    batch: one program adds up all slices in their order.
     """
     rows = x.shape[-2]
     _, heads, page, size = keys.shape[-4:]
@@ -166,25 +166,28 @@ def qkv(
     tile = tile or _tile(layer, rows)
     out = operand((rows, layer.n // 3), torch.float32 if layer.paired else x.dtype, x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(layer.n, tile.block_n)
-    with torch.cuda.device(x.get_device()):
-        _qkv[(tiles,)](
-            x,
-            layer.weight,
-            layer.bias,
-            out,
-            keys,
-            values,
-            places,
-            rows,
-            layer.n,
-            layer.k,
-            keys.stride(0),
-            HEADS=heads,
-            D=size,
-            PAGE=page,
-            SLICES=plan.splits,
-            **compiled(layer, plan, tile),
-        )
+    launch(
+        _qkv,
+        (tiles,),
+        x.device,
+        x,
+        layer.weight,
+        layer.bias,
+        out,
+        keys,
+        values,
+        places,
+        rows,
+        layer.n,
+        layer.k,
+        keys.stride(0),
+        HEADS=heads,
+        D=size,
+        PAGE=page,
+        FIRST=first,
+        SLICES=plan.splits,
+        **compiled(layer, plan, tile),
+    )
     return out
 
 
@@ -210,7 +213,7 @@ def _tile(layer: Linear, rows: int) -> Tile:
     return Tile(64, 32, 2, 3, split_programs=True) if rows <= 512 else Tile(64, 64, 2, 3)
 
 
-def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, object]:
+def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, Any]:
     """Return the compile-time arguments of a product."""
     weight = layer.weight
     return {
@@ -227,7 +230,7 @@ def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, object]:
         "WIDEN": weight.dtype == torch.bfloat16 and not weight.is_cuda,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **options(weight.device),
+        "shared": FEW_SHARED if tile.block_m <= FEW_ROWS else MANY_SHARED,
     }
 
 
@@ -306,7 +309,8 @@ def product(
             else:
                 read = read + (_load_rows(x, rows, k, M, K, BLOCK_K, EVEN_SLICE, PAIRED),)  # type: ignore[assignment]
         for block in tl.static_range(SLICE // BLOCK_K):
-            total += block_product(read[block], held[block], PAIRED, WIDEN)
+            total = block_product(read[block], held[block], total, PAIRED, WIDEN)
+        total = _settled(total, rows, M)
     else:
         if EARLY and BLOCK_M <= 32:
             _prefetch_weight(weight, columns, start, N, K, SLICES * SLICE)
@@ -319,13 +323,19 @@ def product(
             k = start + block * BLOCK_K
             if SLICES > 1:
                 if block % (SLICE // BLOCK_K) == 0:
-                    total += part
+                    total += _settled(part, rows, M)
                     part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             b = _load_weight(weight, columns, k, N, K, BLOCK_N, BLOCK_K, EVEN, PAIRED)
             a = _load_rows(x, rows, k, M, K, BLOCK_K, EVEN, PAIRED)
-            part += block_product(a, b, PAIRED, WIDEN)
-        total += part
+            part = block_product(a, b, part, PAIRED, WIDEN)
+        total += _settled(part, rows, M)
     return total * UNIT if PAIRED else total
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
+def _settled(x: tl.tensor, rows: tl.tensor, M: tl.tensor) -> tl.tensor:
+    """Return the end of a chain as it is: the compiler would begin the chain with whatever is added to its end."""
+    return tl.where((rows < M)[:, None], x, 0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
@@ -393,10 +403,7 @@ def _load_summands(
         for part in tl.static_range(1, PARTS):
             content += tl.load(x + part * K + depth, mask=depth < K, other=0.0)
         content += tl.load(bias + depth, mask=depth < K, other=0.0).to(tl.float32)
-        high, low = pair(_gelu_new(content), like.dtype.element_ty, PAIRED)
-        here = (rows == 0)[:, None] & (depth < K)[None, :]
-        high = tl.where(here, high[None, :], 0.0).to(like.dtype.element_ty)
-        return high, tl.where(here, low[None, :], 0.0).to(like.dtype.element_ty)
+        return lone_row(_gelu_new(content), rows, depth < K, like.dtype.element_ty, PAIRED)
     pointers = x + rows.to(tl.int64)[:, None] * K + depth[None, :]
     mask = (rows < M)[:, None] & (depth < K)[None, :]
     content = tl.load(pointers, mask=mask, other=0.0)
@@ -404,53 +411,6 @@ def _load_summands(
         content += tl.load(pointers + part * M.to(tl.int64) * K, mask=mask, other=0.0)
     content += tl.load(bias + depth, mask=depth < K, other=0.0).to(tl.float32)[None, :]
     return pair(tl.where(mask, _gelu_new(content), 0.0), like.dtype.element_ty, PAIRED)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def load_pair(pointers: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> tl.tensor:
-    """Return what lies behind the pointers and, of pairs, the lower halves ``size`` elements further; else it twice."""
-    if mask is None:
-        high = tl.load(pointers)
-        low = tl.load(pointers + size) if PAIRED else high
-    else:
-        high = tl.load(pointers, mask=mask, other=0.0)
-        low = tl.load(pointers + size, mask=mask, other=0.0) if PAIRED else high
-    return high, low
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def block_product(a: tl.tensor, b: tl.tensor, PAIRED: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
-    """Return ``a @ b`` in float32, from zero; both are (high, low)."""
-    a_high, a_low = a
-    b_high, b_low = b
-    zero = tl.zeros((a_high.shape[0], b_high.shape[1]), dtype=tl.float32)
-    if PAIRED:
-        small = tl.dot(a_high, b_low, zero) + tl.dot(a_low, b_high, zero)
-        return small * 0.00048828125 + tl.dot(a_high, b_high, zero)  # 2**-11
-    if WIDEN:
-        a_high = a_high.to(tl.float32)
-        b_high = b_high.to(tl.float32)
-    return tl.dot(a_high, b_high, zero)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def pair(x: tl.tensor, dtype: tl.constexpr, PAIRED: tl.constexpr) -> tl.tensor:
-    """Return float32 activations as operands: rounded to ``dtype``, or as the halves of a pair of float16."""
-    if PAIRED:
-        x = x * 0.0625  # 2**EXPONENT
-        high = x.to(tl.float16)
-        return high, ((x - high.to(tl.float32)) * 2048.0).to(tl.float16)
-    high = x.to(dtype)
-    return high, high
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def store_operand(to: tl.tensor, x: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> None:
-    """Store float32 activations as operands; the lower halves of pairs lie ``size`` elements behind."""
-    high, low = pair(x, to.dtype.element_ty, PAIRED)
-    tl.store(to, high, mask=mask)
-    if PAIRED:
-        tl.store(to + size, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]  # triton has no stubs
@@ -464,6 +424,7 @@ def _partial(  # launched by position
     K: tl.constexpr,
     PARTS: tl.constexpr,
     ONE: tl.constexpr,
+    FIRST: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -479,7 +440,8 @@ def _partial(  # launched by position
     split = tl.program_id(1)
     rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
     start = split * (SLICES * SLICE)
-    invite(EARLY)
+    if not FIRST:
+        invite(EARLY)
     total = product(
         x,
         weight,
@@ -503,6 +465,8 @@ def _partial(  # launched by position
         WIDEN,
         EARLY,
     )
+    if FIRST:
+        invite(EARLY)
     to = out + (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
     tl.store(to, total, mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -583,6 +547,7 @@ def _qkv(  # launched by position
     HEADS: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    FIRST: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -596,7 +561,8 @@ def _qkv(  # launched by position
     EARLY: tl.constexpr,
 ) -> None:
     rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
-    invite(EARLY)
+    if not FIRST:
+        invite(EARLY)
     total = product(
         x,
         weight,
@@ -620,6 +586,8 @@ def _qkv(  # launched by position
         WIDEN,
         EARLY,
     )
+    if FIRST:
+        invite(EARLY)
     total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     E: tl.constexpr = HEADS * D
     row_ok = (rows < M)[:, None]

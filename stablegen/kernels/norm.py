@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from stablegen.kernels.base import PAGE, Cache, Linear, Norm, Placed, Rows
-from stablegen.kernels.launch import begin, invite, options
-from stablegen.kernels.linear import operand, store_operand
+from stablegen.kernels.launch import begin, invite, launch
+from stablegen.kernels.operand import operand, store_operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +43,34 @@ def embed(
     normed = operand((count, e), positions.dtype, device)
     at, places = torch.empty((2, count), dtype=torch.int32, device=device)
     configuration = row_configuration(e)
-    with torch.cuda.device(x.get_device()):  # -1 on a CPU: changes nothing
-        _embed[(count,)](
-            rows.tokens,
-            rows.slots,
-            rows.positions,
-            cache.newest,
-            cache.lengths,
-            cache.table,
-            cache.table.shape[1],
-            tokens.weight,
-            positions,
-            norm.weight,
-            norm.bias,
-            x,
-            normed,
-            at,
-            places,
-            norm.eps,
-            E=e,
-            V=tokens.n,
-            PAGE=PAGE,
-            PAIRED=tokens.paired,
-            UNIT=2.0**-tokens.exponent if tokens.exponent is not None else 1.0,
-            BLOCK_E=configuration.block_e,
-            num_warps=configuration.num_warps,
-            **options(device),
-        )
+    launch(
+        _embed,
+        (count,),
+        x.device,
+        rows.tokens,
+        rows.slots,
+        rows.positions,
+        cache.newest,
+        cache.lengths,
+        cache.table,
+        cache.table.shape[1],
+        tokens.weight,
+        positions,
+        norm.weight,
+        norm.bias,
+        x,
+        normed,
+        at,
+        places,
+        norm.eps,
+        E=e,
+        V=tokens.n,
+        PAGE=PAGE,
+        PAIRED=tokens.paired,
+        UNIT=2.0**-tokens.exponent if tokens.exponent is not None else 1.0,
+        BLOCK_E=configuration.block_e,
+        num_warps=configuration.num_warps,
+    )
     return x, normed, Placed(rows.slots, at, places)
 
 
@@ -89,25 +90,26 @@ def add_norm(
     result = torch.empty((count, e), dtype=torch.float32, device=x.device)
     normed = operand((count, e), norm.weight.dtype, x.device)
     configuration = row_configuration(e)
-    with torch.cuda.device(x.get_device()):
-        _add_norm[(count,)](
-            x,
-            partial,
-            bias,
-            select,
-            norm.weight,
-            norm.bias,
-            result,
-            normed,
-            norm.eps,
-            len(x),
-            E=e,
-            PARTS=len(partial),
-            PAIRED=norm.weight.dtype == torch.float32,
-            BLOCK_E=configuration.block_e,
-            num_warps=configuration.num_warps,
-            **options(x.device),
-        )
+    launch(
+        _add_norm,
+        (count,),
+        x.device,
+        x,
+        partial,
+        bias,
+        select,
+        norm.weight,
+        norm.bias,
+        result,
+        normed,
+        norm.eps,
+        len(x),
+        E=e,
+        PARTS=len(partial),
+        PAIRED=norm.weight.dtype == torch.float32,
+        BLOCK_E=configuration.block_e,
+        num_warps=configuration.num_warps,
+    )
     return result, normed
 
 
@@ -147,8 +149,8 @@ def _embed(  # launched by position
     inside = column < E
     by = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
     add = tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
+    invite(EARLY)
     begin(EARLY)
-    invite(EARLY)  # not sooner: the rest of the pass may read what the pass before left, without waiting
     slot = tl.load(slots + index)
     token = tl.load(tokens + index)
     position = tl.load(positions + index)

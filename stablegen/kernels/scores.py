@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
-from stablegen.kernels.launch import begin, invite, options
+from stablegen.kernels.launch import begin, invite, launch
 from stablegen.kernels.linear import Tile, compiled, linear_plan, place, product
 
 LOWEST = tl.constexpr(-0x8000000000000000)
@@ -39,30 +39,42 @@ def choose(
     tile = tile or _tile(layer, count)
     tiles_n = triton.cdiv(layer.n, tile.block_n)
     found = torch.empty((count, tiles_n, FOUND.value), dtype=torch.int64, device=x.device)
-    with torch.cuda.device(x.get_device()):  # -1 on a CPU: changes nothing
-        _score[(triton.cdiv(count, tile.block_m) * tiles_n,)](
-            x, layer.weight, found, scores, count, layer.n, layer.k, SLICES=plan.splits, **compiled(layer, plan, tile)
-        )
-        _advance[(count,)](
-            found,
-            rows.last,
-            rows.tick,
-            rows.slots,
-            placed.positions,
-            cache.newest,
-            cache.lengths,
-            cache.log,
-            cache.log.shape[0],
-            cache.log.shape[1],
-            len(cache.newest) - 1,
-            cache.table.shape[1] * PAGE - 1,
-            V=layer.n,
-            TILES=tiles_n,
-            BLOCK=triton.next_power_of_2(tiles_n),
-            WIDTH=LOG_WIDTH,
-            num_warps=4,
-            **options(x.device),
-        )
+    launch(
+        _score,
+        (triton.cdiv(count, tile.block_m) * tiles_n,),
+        x.device,
+        x,
+        layer.weight,
+        found,
+        scores,
+        count,
+        layer.n,
+        layer.k,
+        SLICES=plan.splits,
+        **compiled(layer, plan, tile),
+    )
+    launch(
+        _advance,
+        (count,),
+        x.device,
+        found,
+        rows.last,
+        rows.tick,
+        rows.slots,
+        placed.positions,
+        cache.newest,
+        cache.lengths,
+        cache.log,
+        cache.log.shape[0],
+        cache.log.shape[1],
+        len(cache.newest) - 1,
+        cache.table.shape[1] * PAGE - 1,
+        V=layer.n,
+        TILES=tiles_n,
+        BLOCK=triton.next_power_of_2(tiles_n),
+        WIDTH=LOG_WIDTH,
+        num_warps=8,
+    )
 
 
 def _tile(layer: Linear, rows: int) -> Tile:

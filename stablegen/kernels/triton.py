@@ -12,7 +12,7 @@ class TritonKernels:
     """The operations as Triton kernels, each beside its launcher and what fixes the order of its sums."""
 
     name = "triton"
-    version = 2
+    version = 3
     tile = attention.TILE
     paired = True
 
@@ -28,9 +28,10 @@ class TritonKernels:
 
     def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return queries, their keys and values in the cache; of few newest tokens, summands of all three."""
+        first = index == 0
         if rows.tile == 1 and linear.few(len(rows.tokens)):
-            return linear.partial(x, layer)
-        return linear.qkv(x, layer, cache.keys[index], cache.values[index], placed.places)
+            return linear.partial(x, layer, first=first)
+        return linear.qkv(x, layer, cache.keys[index], cache.values[index], placed.places, first=first)
 
     def attention(
         self,

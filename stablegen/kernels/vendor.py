@@ -45,8 +45,10 @@ class VendorKernels:
         """Return queries [T, E]; keys and values are kept."""
         _, heads, _, size = cache.keys[index].shape
         if index not in self._kept:
-            shape = (len(cache.newest), heads, self.reach, size)
-            self._kept[index] = (x.new_zeros(shape), x.new_zeros(shape))
+            shape = (2, len(cache.newest), heads, self.reach, size)
+            with torch.inference_mode(False):  # made in inference mode, a graph's recording could not write to it
+                kept = torch.zeros(shape, dtype=x.dtype, device=x.device)
+            self._kept[index] = (kept[0], kept[1])
         keys, values = self._kept[index]
         assert layer.bias is not None
         result = torch.addmm(layer.bias, x, layer.weight).view(len(x), 3, heads, size)
