@@ -31,7 +31,7 @@ STATIC_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "olmo2", "phi", "qwen2",
 _FIXED_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
 """Rotary embeddings that do not look at how long the sequence has become."""
 _SDP = ("flash", "mem_efficient", "math", "cudnn")
-KERNEL_VERSIONS = {"triton": 3, "reference": 1}
+KERNEL_VERSIONS = {"triton": 2, "reference": 1}
 """Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
     "ATEN_CPU_CAPABILITY",

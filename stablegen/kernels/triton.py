@@ -12,7 +12,7 @@ class TritonKernels:
     """The operations as Triton kernels, each beside its launcher and what fixes the order of its sums."""
 
     name = "triton"
-    version = 3
+    version = 2
     tile = attention.TILE
     paired = True
 
