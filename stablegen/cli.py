@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from stablegen.client import Client
+    from stablegen.lab.bench import Report
     from stablegen.record import Completion, Record
     from stablegen.store.base import Store
 
@@ -509,7 +509,7 @@ def bench(
     golden: Annotated[int | None, typer.Option(help="Prompts of the golden set measured; 0: none.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw the step times into this .png, .svg or .pdf.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well, after each table.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure here what each policy costs against transformers and against the memory's speed.
@@ -526,28 +526,30 @@ def bench(
         sizes.append(int(size))
     if plot is not None:
         check_plot(plot)
-    with contextlib.ExitStack() as stack:
-        write = None if out is None else stack.enter_context(_output(out))
-        from stablegen.lab.bench import Options, measure, render
+    from stablegen.lab.bench import Options, measure, render
 
-        options = Options(
-            model=model,
-            revision=revision,
-            random_weights=random_weights,
-            dtypes=_listed(dtype),
-            batches=sizes,
-            prompt=prompt,
-            tokens=tokens,
-            repeats=repeats,
-            arms=_listed(arms),
-            prefill=prefill,
-            golden=golden,
-            device=device,
-        )
-        with _progress("runs") as progress:
-            report = measure(options, progress)
-        if write is not None:
+    def save(report: Report) -> None:
+        with _output(out) as write:
             write(report.model_dump_json(indent=1))
+
+    options = Options(
+        model=model,
+        revision=revision,
+        random_weights=random_weights,
+        dtypes=_listed(dtype),
+        batches=sizes,
+        prompt=prompt,
+        tokens=tokens,
+        repeats=repeats,
+        arms=_listed(arms),
+        prefill=prefill,
+        golden=golden,
+        device=device,
+    )
+    with _progress("runs") as progress:
+        report = measure(options, progress, keep=None if out is None else save)
+    if out is not None:
+        save(report)
     if as_json:
         print(report.model_dump_json())
     else:

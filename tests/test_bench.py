@@ -460,6 +460,21 @@ def test_the_bench_measures_and_draws(run: Callable[..., Any], tmp_path: Path, m
     assert "not measured: transformers static-compiled" in shown
 
 
+def test_what_ends_the_process_loses_no_table_that_was_done(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: Bench, names: Sequence[str]) -> list[Cell]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "prefill", dies)
+    code, _, _ = run(*SMALL, "--arms", "eager", "--golden", "0", "--out", "report.json")
+    assert code != 0
+    report = Report.model_validate_json((tmp_path / "report.json").read_text())
+    assert not report.finished
+    assert [(c.arm, c.batch) for c in report.decode] == [("eager", 1), ("eager", 2)]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_problems_are_shown_and_all_of_them_fail_the_command(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,118 +1,84 @@
-"""A one-token pass as a CUDA graph a bucket of rows; the graphs share one memory pool.
-
-A graph replays the very launches it recorded, so its bits are those of an eager pass. Rows that fill a bucket up work
-for the spare slot.
-"""
+"""Recording what a GPU is given as a CUDA graph, whose replays give the very bits of the launches recorded."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import torch
 
-from stablegen.engine.kv_cache import KVCache, copy_in
-from stablegen.kernels.base import Rows
+from stablegen.errors import DeviceError
 
-if TYPE_CHECKING:
-    from stablegen.engine.gpt2 import GPT2
-
-BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Rows of a graph; each is recorded when it is first needed."""
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
-def buckets(rows: int) -> tuple[int, ...]:
-    """Return the bucket sizes for at most so many rows."""
-    return (*(size for size in BUCKETS if size < rows), rows)
+class Recorder:
+    """Records steps, one engine's; its graphs share one memory pool, so no two of them may run at once.
 
+    cuBLAS works in memory that torch keeps for each stream, which other graphs' ends and torch's own compiler give back
+    while graphs that have recorded its address live on. So each graph is recorded on a stream of its own: that memory
+    then comes out of the graphs' pool, which nobody else is given anything from.
+    """
 
-class Steps:
-    """One-token passes over any rows: replayed where CUDA can record them, launched one by one where not."""
-
-    def __init__(
-        self,
-        model: GPT2,
-        cache: KVCache,
-        *,
-        rows: int,
-        graphs: bool,
-    ) -> None:
-        device = model.device
-        self._model = model
-        self._cache = cache
+    def __init__(self, device: torch.device, *, wanted: bool) -> None:
+        self.wanted = wanted and device.type == "cuda"
         self._device = device
-        self._sizes = buckets(rows)
-        self._spare = spare = cache.spare
-        self._use_graphs = graphs and device.type == "cuda"
-        self._recorded: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
-        self._pool: Any = None
-        # written by the host when rows come or go: slots, log entries
-        self._control = torch.full((2, rows), spare, dtype=torch.int32, device=device)
-        self._newest = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self._index = torch.arange(rows, dtype=torch.int32, device=device)
-        self._ones = torch.ones(rows, dtype=torch.int32, device=device)
-        self._current: tuple[tuple[int, ...], int] | None = None
+        self._free: list[torch.cuda.Stream] = []
+        # as long as one graph lives, so does the pool: this one is never given up
+        self._oldest: torch.cuda.CUDAGraph | None = None
 
-    def run(self, slots: tuple[int, ...], tick: int, vocabulary: int | None = None) -> torch.Tensor | None:
-        """Run one pass over the slots, logging at ``tick``; with ``vocabulary`` return the score rows [R, V]."""
-        size = len(slots)
-        if self._use_graphs:
-            size = next(bucket for bucket in self._sizes if bucket >= len(slots))
-        graph = self._recorded.get((size, vocabulary is not None))
-        if graph is None and self._use_graphs:
-            self._record(size, tick, vocabulary)
-            graph = self._recorded.get((size, vocabulary is not None))
-        if self._current != (slots, tick):
-            padded = [*slots, *[self._spare] * (size - len(slots))]
-            copy_in(torch.tensor([padded, [tick] * size], dtype=torch.int32), self._control[:, :size])
-        self._current = (slots, tick + 1)  # each pass moves the log's entry on by itself
-        if graph is not None:
-            graph[0].replay()
-            return graph[1]
-        return self._eager(size, vocabulary)
-
-    def forget(self) -> None:
-        """Let the next pass upload its rows, whatever ran before."""
-        self._current = None
-
-    def _rows(self, size: int) -> Rows:
-        slots, tick = self._control[:, :size]
-        newest, index = self._newest[:size], self._index[:size]
-        return Rows(newest, slots, newest, index, self._ones[:size], index, tick, tile=1)
-
-    def _eager(self, size: int, vocabulary: int | None) -> torch.Tensor | None:
-        scores = None
-        if vocabulary is not None:
-            scores = torch.empty(size, vocabulary, dtype=torch.float32, device=self._device)
-        self._model.forward(self._rows(size), self._cache, scores)
-        return scores
-
-    def _record(self, size: int, tick: int, vocabulary: int | None) -> None:
-        """Record a bucket's graph, after a pass that compiles and loads what it launches."""
-        self._current = None
-        self._control[0, :size] = self._spare
-        self._control[1, :size] = tick  # the entry that is written next anyway
-        self._eager(size, vocabulary)
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+    def record(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T] | None:
+        """Return a graph of a step that has run before, and what the step returns; None where there can be none."""
+        if not self.wanted:
+            return None
         try:
-            # state that torch makes for its first recording would be closed to later ones outside of inference mode
-            with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
-                # other threads' work on the device does not end the recording
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    scores = self._eager(size, vocabulary)
-                finally:
-                    graph.capture_end()
+            graph, result = self._capture(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._use_graphs = False
-            _log.warning("CUDA graphs cannot be recorded here (%s): passes are launched one by one", error)
-            return
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._pool = self._pool or graph.pool()
-        self._recorded[size, vocabulary is not None] = (graph, scores)
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from error
+            cause = str(error.__context__ or error).strip().split("\n")[0]
+            _log.warning("this step cannot be captured as a CUDA graph, so it is launched anew each time: %s", cause)
+            self.wanted = False
+            with suppress(RuntimeError):  # torch's random numbers wait for the capture that failed until another ends
+                self._capture(lambda: torch.zeros(1, device=self._device))
+            return None
+        self._oldest = self._oldest or graph
+        return graph, result
+
+    def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+        current = torch.cuda.current_stream(self._device)
+        stream = self._free.pop() if self._free else _new_stream(self._device)
+        stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        pool = None if self._oldest is None else self._oldest.pool()
+        # begun in inference mode, a capture would make tensors of torch's random generator that no other could write to
+        with torch.inference_mode(False), torch.cuda.stream(stream):
+            # other threads' work on the device does not end it
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                with torch.inference_mode():
+                    result = step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        weakref.finalize(graph, self._free.append, stream)
+        return graph, result
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream that nothing has run on, and that torch gives to nobody else."""
+    made = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        problem = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(made), _NON_BLOCKING)
+        if problem or made.value is None:
+            raise DeviceError(f"the driver gives no stream on {device}: error {problem}", hint="Restart the process")
+        return torch.cuda.ExternalStream(made.value, device=device)  # type: ignore[no-untyped-call]

@@ -23,10 +23,10 @@ import torch
 
 from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
-from stablegen.engine.cuda_graph import Steps
 from stablegen.engine.decode import check_flags, computing, cpu_threads, raise_failed
 from stablegen.engine.kv_cache import TICKS, KVCache, copy_in
 from stablegen.engine.scheduler import Piece, Row, Scheduler
+from stablegen.engine.steps import Steps
 from stablegen.engine.weights import check_finite
 from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError
 from stablegen.kernels.base import PAGE, KernelSet, Linear, Norm, Rows

@@ -7,10 +7,9 @@ the log a few steps later, and what a row did beyond its end is dropped.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stablegen.engine.attention import OneKernel
 from stablegen.engine.base import Generated, Observer
+from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.decode import Answers, cpu_threads, run_on
 from stablegen.kernels.base import BestTwo
 from stablegen.policy import Batch, capacity_for
@@ -34,7 +34,6 @@ KEPT_BYTES = 2 * 2**30
 LOG_WIDTH = 6
 """int64 words that the log keeps of a row: best, runner-up, their scores' bits, the hash, finite."""
 
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -95,7 +94,7 @@ class _Decoder:
         *,
         context: int,
         best_two: Callable[[torch.Tensor], BestTwo],
-        graphs: _Graphs,
+        recorder: Recorder,
     ) -> None:
         device = model.device
         pinned = device.type == "cuda"
@@ -115,7 +114,7 @@ class _Decoder:
         self._dtype = torch.bool  # of masks: which numbers attention is computed in is known after a step
         self.scores = self._step()  # allocates keys and values, and what libraries and the hash set up once
         self._dtype = self._cache.layers[0].keys.dtype
-        self._captured = graphs.capture(self._step)
+        self._captured = recorder.record(self._step)
 
     @property
     def bytes(self) -> int:
@@ -215,58 +214,6 @@ class _Look:
             )
 
 
-class _Graphs:
-    """Captures an engine's steps; the graphs share one memory pool."""
-
-    def __init__(self, device: torch.device, *, wanted: bool) -> None:
-        self._device = device
-        self._wanted = wanted and device.type == "cuda"
-        self._stream: torch.cuda.Stream | None = None
-        # as long as one graph lives, so does the pool: this one is never given up
-        self._oldest: torch.cuda.CUDAGraph | None = None
-
-    def capture(self, step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor] | None:
-        """Return a graph of a step that has run before, and what the step returns; None where there can be none."""
-        if not self._wanted:
-            return None
-        current = torch.cuda.current_stream(self._device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            step()  # libraries keep a workspace for each stream: not one out of the pool
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = None if self._oldest is None else self._oldest.pool()
-        try:
-            # other threads' work on the device does not end the capture; begun in inference mode it would make tensors
-            # of torch's random generator that no capture elsewhere could write to
-            with (
-                torch.inference_mode(False),
-                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
-                torch.inference_mode(),
-            ):
-                result = step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            cause = str(error.__context__ or error).strip().split("\n")[0]
-            _log.warning("this model's step cannot be captured as a CUDA graph, so it is launched anew: %s", cause)
-            self._wanted = False
-            self._clean_up()
-            return None
-        finally:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
-        self._oldest = self._oldest or graph
-        return graph, result
-
-    def _clean_up(self) -> None:
-        """Let another capture end: torch's random numbers wait for the one that failed to do so."""
-        graph = torch.cuda.CUDAGraph()
-        with suppress(RuntimeError), torch.inference_mode(False), torch.cuda.graph(graph, stream=self._stream):
-            torch.zeros(1, device=self._device)
-
-
 class StaticDecoding:
     """Decodes batches of a model at fixed shapes; keeps what the last few shapes need.
 
@@ -284,8 +231,8 @@ class StaticDecoding:
     ) -> None:
         self._device: torch.device = model.device
         self._threads = threads
-        captures = _Graphs(self._device, wanted=graphs)
-        self._new = partial(_Decoder, model, context=context, best_two=best_two, graphs=captures)
+        recorder = Recorder(self._device, wanted=graphs)
+        self._new = partial(_Decoder, model, context=context, best_two=best_two, recorder=recorder)
         # the shape used last comes last; one in use is not here
         self._idle: dict[tuple[int, int], _Decoder] = {}
         self._done: torch.cuda.Event | None = None

@@ -274,7 +274,10 @@ class Machine(Frozen):
 
 
 class Report(Frozen):
-    """What ``stablegen bench`` measured; ``unavailable`` says why arms that were asked for do not run here."""
+    """What ``stablegen bench`` measured; ``unavailable`` says why arms that were asked for do not run here.
+
+    ``finished`` is false of what was kept before the end.
+    """
 
     model: str
     machine: Machine
@@ -287,6 +290,7 @@ class Report(Frozen):
     prefill: list[Cell]
     golden: list[Cell]
     seconds: float
+    finished: bool = True
 
     @property
     def cells(self) -> list[Cell]:
@@ -297,9 +301,15 @@ class Report(Frozen):
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(options: Options, progress: Progress | None = None, clock: Clock = time.perf_counter) -> Report:
+def measure(
+    options: Options,
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+    keep: Callable[[Report], None] | None = None,
+) -> Report:
     """Return the measurements that ``options`` ask for, on this machine.
 
+    ``keep`` gets what there is after each table, so that what ends the process in between loses no more than one.
     Raises ``ParameterError`` for options that cannot be measured, ``DeviceError`` or ``ModelError`` where the device
     or the model cannot be had. An arm that fails or does not fit has its reason in its cell; the others go on.
     """
@@ -322,6 +332,31 @@ def measure(options: Options, progress: Progress | None = None, clock: Clock = t
     tick()
     floors: list[Floor] = []
     cells: dict[str, list[Cell]] = {"decode": [], "prefill": [], "golden": []}
+    name = RANDOM if checkpoint is None else checkpoint.identity.name
+    machine = machine_of(device)
+
+    def report(*, finished: bool) -> Report:
+        return Report(
+            model=name,
+            machine=machine,
+            plan=plan,
+            arms={name: ARMS[name].about for name in plan.arms},
+            unavailable=unavailable,
+            bandwidth=bandwidth,
+            floors=floors,
+            decode=compare(cells["decode"], floors),
+            prefill=compare(cells["prefill"], floors),
+            golden=compare(cells["golden"], floors),
+            seconds=clock() - started,
+            finished=finished,
+        )
+
+    def add(table: str, found: list[Cell]) -> None:
+        cells[table] += found
+        if keep is not None:
+            keep(report(finished=False))
+
+    add("decode", [])
     for dtype in plan.dtypes:
         subject = load_subject(checkpoint, device, dtype)
         size = step_bytes(subject.model)
@@ -329,25 +364,12 @@ def measure(options: Options, progress: Progress | None = None, clock: Clock = t
         tick()
         bench = Bench(subject, plan, clock, tick)
         for batch in plan.batches:
-            cells["decode"] += bench.decode([name for name in plan.at(batch) if name in arms], batch)
-        cells["prefill"] += bench.prefill([name for name in PREFILL_ARMS if name in arms])
-        cells["golden"] += bench.golden([name for name in GOLDEN_ARMS if name in arms])
-        name = subject.name
+            add("decode", bench.decode([name for name in plan.at(batch) if name in arms], batch))
+        add("prefill", bench.prefill([name for name in PREFILL_ARMS if name in arms]))
+        add("golden", bench.golden([name for name in GOLDEN_ARMS if name in arms]))
         del subject, bench
         free_memory(device.name)
-    return Report(
-        model=name,
-        machine=machine_of(device),
-        plan=plan,
-        arms={name: ARMS[name].about for name in plan.arms},
-        unavailable=unavailable,
-        bandwidth=bandwidth,
-        floors=floors,
-        decode=compare(cells["decode"], floors),
-        prefill=compare(cells["prefill"], floors),
-        golden=compare(cells["golden"], floors),
-        seconds=clock() - started,
-    )
+    return report(finished=True)
 
 
 def _ticks(plan: Plan, arms: list[str]) -> int:

@@ -254,6 +254,22 @@ def test_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_captured(engine)
 
 
+@pytest.mark.parametrize("policy", ["single", "padded:4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_graph_needs_nothing_that_torch_may_give_back(dtype: str, policy: str) -> None:
+    engine = engine_of(dtype, policy)
+    batch = mixed_batch() if policy != "single" else Batch((needle_of(2, 60, 20),))
+    expected = {slot: answer.trace for slot, answer in run(engine, batch).items()}
+    assert_captured(engine)
+    # as its compiler does, or another graph's end: then the memory is someone else's
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((2**22,), 7, dtype=torch.int32, device="cuda") for _ in range(64)]
+    for _ in range(2):
+        assert {one.composition.slot: one.trace for one in engine.generate(batch)} == expected
+    assert all(bool((other == 7).all()) for other in others)
+
+
 def test_batches_of_one_shape_may_take_turns() -> None:
     engine = engine_of("bfloat16", "padded:2")
     batches = [Batch((needle_of(seed, 9, 30), needle_of(seed + 1, 30, 2)), 64, CAPACITY_STEP) for seed in (1, 3)]
