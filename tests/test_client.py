@@ -38,6 +38,7 @@ from stablegen.errors import (
     PromiseWarning,
     RecordNotFoundError,
 )
+from stablegen.numerics import ENGINE_VERSION
 from stablegen.record import Completion, Record, SelfCheck
 
 PROMPTS = ["Hello", "Tell me about yourself.\nanswer : ", "What is", "Once upon a time", "No"]
@@ -505,7 +506,10 @@ def test_a_model_moved_to_another_dtype_or_attention_has_other_numerics(tmp_path
         assert asking.numerics.kernels != first.record.numerics.kernels
         model.to(torch.bfloat16)
         moved = asking.complete("Goodbye", max_new_tokens=NEW)
-        assert (moved.record.numerics.dtype, moved.record.numerics.kernels) == ("bfloat16", "transformers-eager/1")
+        assert (moved.record.numerics.dtype, moved.record.numerics.kernels) == (
+            "bfloat16",
+            f"transformers-eager/{ENGINE_VERSION}",
+        )
 
 
 def test_a_model_whose_end_token_was_changed_uses_it(tmp_path: Path, tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from invariance import make_ids, make_request
 
+import stablegen.engine.gpt2 as module
 from stablegen.engine.base import Generated
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.kv_cache import KVCache
@@ -22,6 +23,7 @@ from stablegen.kernels.base import PAGE, Cache, Linear, Norm, Placed, Rows
 from stablegen.kernels.reference import ReferenceKernels
 from stablegen.numerics import Numerics, find_device, numerics_on
 from stablegen.policy import Batch, load_policy
+from stablegen.record import Trace
 from stablegen.request import Request
 
 VOCABULARY = 67
@@ -380,6 +382,69 @@ def test_what_is_observed_is_not_run_twice(pool: list[Request]) -> None:
     assert seen
     assert_all_free(engine)
     assert_as_alone(run(engine, pool), pool)
+
+
+# --- answers given beforehand -----------------------------------------------------------------------------------------
+
+
+def force(engine: GPT2Engine, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> dict[int, Trace]:
+    found = list(engine.force(answers))
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize("limits", [{}, {"chunk": 3}, {"max_rows": 2, "chunk": 50}, {"max_rows": 300}])
+def test_forcing_an_answer_gives_the_bits_of_decoding_it(pool: list[Request], limits: dict[str, int]) -> None:
+    engine, kernels = make_engine(**limits)
+    answers = run(make_engine()[0], pool)
+    found = force(engine, [(answers[slot].request, answers[slot].trace.tokens) for slot in answers])
+    assert found == dict(enumerate(answers[slot].trace for slot in answers))
+    if not limits:
+        # all of them at once: not a pass a token
+        assert len(kernels.passes) <= 2
+    assert_all_free(engine)
+
+
+def test_an_answer_of_many_pages_needs_more_passes_than_one(pool: list[Request], monkeypatch: Any) -> None:
+    monkeypatch.setitem(module.CHOICES, "cpu", 40)
+    engine, kernels = make_engine(max_rows=16)
+    long = [make_request(prompt(i, 10 + i), 150) for i in range(3)]
+    answers = run(make_engine()[0], long)
+    found = force(engine, [(answers[slot].request, answers[slot].trace.tokens) for slot in range(3)])
+    assert found == {slot: answers[slot].trace for slot in range(3)}
+    assert len(kernels.passes) == -(-450 // 40)
+    # what was computed for the first is known to the others, and is computed again where its scores are wanted
+    assert force(engine, [(answers[0].request, answers[0].trace.tokens)]) == {0: answers[0].trace}
+    assert_all_free(engine)
+
+
+def test_forcing_tells_where_an_answer_parts_and_how_it_goes_on(pool: list[Request]) -> None:
+    engine, _ = make_engine()
+    one = make_request(prompt(3, 70), 20)
+    tokens = run(make_engine()[0], [one])[0].trace.tokens
+    for step in (0, 7, 19):
+        edited = [*tokens]
+        edited[step] = (tokens[step] + 1) % VOCABULARY
+        found = force(engine, [(one, tuple(edited))])[0].tokens
+        assert found[: step + 1] == tokens[: step + 1]
+        assert len(found) == 20
+
+
+def test_an_end_token_in_a_given_answer_ends_nothing(pool: list[Request]) -> None:
+    engine, _ = make_engine()
+    one = make_request(prompt(3, 30), 12)
+    trace = run(make_engine()[0], [one])[0].trace
+    assert force(engine, [(ending(one, trace.tokens[4]), trace.tokens)]) == {0: trace}
+
+
+def test_forcing_halves_and_goes_on_where_memory_is_short(pool: list[Request]) -> None:
+    engine, kernels = make_engine(max_rows=4)
+    answers = run(make_engine()[0], pool)
+    kernels.fail("choose", [0])
+    found = force(engine, [(answers[slot].request, answers[slot].trace.tokens) for slot in range(len(pool))])
+    assert found == {slot: answers[slot].trace for slot in range(len(pool))}
+    assert engine.max_rows == 2
+    assert_all_free(engine)
 
 
 # --- scores that are no numbers ---------------------------------------------------------------------------------------

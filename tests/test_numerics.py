@@ -14,7 +14,7 @@ from support import client, numerics, python, small_directory
 import stablegen.device
 from stablegen.device import Device, resolve_device, usable_cpus, visible_gpus
 from stablegen.errors import DeviceError, DtypeError, NumericsChangedError
-from stablegen.numerics import KERNEL_VERSIONS, Numerics, numerics_on
+from stablegen.numerics import ENGINE_VERSION, KERNEL_VERSIONS, Numerics, numerics_on
 from stablegen.policy import load_policy
 
 POLICIES = ["single", "padded:4", "invariant", "native"]
@@ -99,7 +99,7 @@ def test_which_fields_apply(policy: str, device: Device, given: set[str], absent
     [
         ("invariant", CPU, f"reference/{KERNEL_VERSIONS['reference']}"),
         ("invariant", H100, f"triton/{KERNEL_VERSIONS['triton']}"),
-        ("single", CPU, "transformers-eager/2"),
+        ("single", CPU, f"transformers-eager/{ENGINE_VERSION}"),
     ],
 )
 def test_kernels_are_named(policy: str, device: Device, kernels: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablegen.engine.kv_cache import KVCache
-from stablegen.engine.scheduler import Piece, Row, Scheduler
+from stablegen.engine.scheduler import Piece, Row, Scheduler, Task
 from stablegen.kernels.base import PAGE
 from stablegen.request import GenerationParams, ModelIdentity, Request
 
@@ -32,11 +32,15 @@ def make_cache(pages: int = 40, slots: int = 8) -> KVCache:
 
 
 def make_scheduler(*requests: Request, cache: KVCache | None = None, chunk: int = 100) -> Scheduler:
-    return Scheduler(enumerate(requests), make_cache() if cache is None else cache, chunk=chunk)
+    return scheduler_of([Task(slot, request) for slot, request in enumerate(requests)], cache=cache, chunk=chunk)
+
+
+def scheduler_of(tasks: Sequence[Task], *, cache: KVCache | None = None, chunk: int = 100) -> Scheduler:
+    return Scheduler(tasks, make_cache() if cache is None else cache, chunk=chunk)
 
 
 def shape(pieces: Sequence[Piece]) -> list[tuple[int, int, int, bool]]:
-    return [(piece.row.slot, piece.start, piece.count, piece.chooses) for piece in pieces]
+    return [(piece.row.slot, piece.start, piece.count, piece.choices) for piece in pieces]
 
 
 def step(scheduler: Scheduler, times: int = 1) -> list[tuple[int, int, int, bool]]:
@@ -241,10 +245,10 @@ class Device:
         return row.lease.pages[position // PAGE], position % PAGE
 
     def _content(self, row: Row, position: int) -> object:
-        if position >= len(row.prompt):
+        if position >= len(row.given):
             return row.slot, position  # an answer is nobody else's
         # prompts here are told apart by the first token of each page, and by what follows the last full one
-        return row.prompt[: position + 1 : PAGE], row.prompt[position]
+        return row.given[: position + 1 : PAGE], row.given[position]
 
 
 def run_all(scheduler: Scheduler, draw: Callable[[], int], delay: int, passes: int | None) -> list[Row]:
@@ -259,7 +263,7 @@ def run_all(scheduler: Scheduler, draw: Callable[[], int], delay: int, passes: i
         assert sum(piece.count for piece in pieces if piece.start >= 0) <= scheduler._chunk
         device.run(pieces, times)
         scheduler.count(pieces, times)
-        unread += [[piece.row for piece in pieces if piece.chooses]] * times
+        unread += [[piece.row for piece in pieces for _ in range(piece.choices)]] * times
         while unread and (len(unread) > delay or not scheduler.busy):
             for row in unread.pop(0):
                 if not row.finished:
@@ -296,12 +300,19 @@ def test_all_slots_and_pages_are_free_after_any_run(
     cache = make_cache(pages, slots)
     prompts = [[*(t for page in full for t in [page] * PAGE), *range(100, 100 + rest)] for full, rest, _ in shapes]
     requests = [make_request(ids, new, [END]) for ids, (_, _, new) in zip(prompts, shapes, strict=True)]
-    scheduler = make_scheduler(*requests, cache=cache, chunk=chunk)
+    # some are given their answer
+    answers = [(1,) * one.params.max_new_tokens if random.random() < 0.3 else () for one in requests]
+    tasks = [Task(slot, *task) for slot, task in enumerate(zip(requests, answers, strict=True))]
+    scheduler = scheduler_of(tasks, cache=cache, chunk=chunk)
     finished = run_all(scheduler, lambda: END if random.random() < 0.1 else 1, delay, passes)
     if passes is None:
         assert sorted(row.slot for row in finished) == [*range(len(requests))]
     for row in finished:
         ended = [entry[0] == END for entry in row.steps]
+        if row.task.answer:
+            assert len(ended) == len(row.task.answer)
+            assert row.finish_reason == "length"
+            continue
         assert not any(ended[:-1])
         assert row.finish_reason == ("stop" if ended[-1] else "length")
         assert ended[-1] or len(ended) == row.request.params.max_new_tokens

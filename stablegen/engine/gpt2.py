@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,11 +25,11 @@ from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
 from stablegen.engine.decode import check_flags, computing, cpu_threads, raise_failed
 from stablegen.engine.kv_cache import TICKS, KVCache, copy_in
-from stablegen.engine.scheduler import Piece, Row, Scheduler
+from stablegen.engine.scheduler import Piece, Row, Scheduler, Task
 from stablegen.engine.steps import Steps
 from stablegen.engine.weights import check_finite
 from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError
-from stablegen.kernels.base import PAGE, KernelSet, Linear, Norm, Rows
+from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, KernelSet, Linear, Norm, Rows
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 from stablegen.record import Composition, Trace
@@ -37,6 +37,8 @@ from stablegen.request import Request
 
 CHUNK = {"cuda": 4096, "cpu": 2048}
 """Tokens of one pass at most, by device: longer prefills are cut, which moves no bit."""
+CHOICES = {"cuda": 4096, "cpu": 128}
+"""Scores of one pass at most, by device, rows of the vocabulary's size."""
 MAX_ROWS = {"cuda": 256, "cpu": 16}
 """Requests that run at once at most, by device."""
 READ_EVERY = 8
@@ -149,7 +151,7 @@ class GPT2:
             paired=self.kernels.paired and self.dtype == torch.float32,
         )
 
-    def forward(self, rows: Rows, cache: KVCache, scores: torch.Tensor | None = None) -> None:
+    def forward(self, rows: Rows, cache: Cache, scores: torch.Tensor | None = None) -> None:
         """Run packed tokens; choose, log and remember the tokens that follow those of ``rows.last``.
 
         ``scores`` [R, V] float32 receives the full score rows where it is given.
@@ -233,6 +235,30 @@ class GPT2Engine:
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``,
         ``DeviceMemoryError`` where not even one row fits.
         """
+        started = time.perf_counter()
+        tasks = (Task(slot, request) for slot, request in batch.requests)
+        for row in self._run(tasks, observe):
+            assert row.finish_reason is not None
+            yield Generated(
+                row.request,
+                _trace(row.steps),
+                row.finish_reason,
+                Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
+                time.perf_counter() - started,
+            )
+
+    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Iterator[tuple[int, Trace]]:
+        """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
+
+        An answer's tokens are computed with its prompt, all at once, and that gives the very scores that decoding them
+        one by one would. So an answer whose tokens are chosen again is what a fresh run gives; of any other, the steps
+        up to the first that differs are a fresh run's, and that one's token is how it goes on. Raises as ``generate``.
+        """
+        for row in self._run(Task(place, *answer) for place, answer in enumerate(answers)):
+            yield row.slot, _trace(row.steps)
+
+    def _run(self, tasks: Iterable[Task], observe: Observer | None = None) -> Iterator[Row]:
+        """Yield the rows of tasks as they finish, one call at a time."""
         check_flags(self.numerics)
         with self._lock:
             if self._running:
@@ -241,42 +267,40 @@ class GPT2Engine:
                 )
             self._running = True
             try:
-                yield from self._generate(batch, observe)
+                yield from self._finish({task.slot: task for task in tasks}, observe)
             finally:
                 self._running = False
 
-    def _generate(self, batch: Batch, observe: Observer | None) -> Iterator[Generated]:
-        requests = dict(batch.requests)
-        started = time.perf_counter()
+    def _finish(self, tasks: dict[int, Task], observe: Observer | None) -> Iterator[Row]:
         failed: list[tuple[Request, int]] = []
-        while requests:
+        asked = len(tasks)
+        while tasks:
             lacking: torch.OutOfMemoryError | None = None
             cache, steps = self._reserve()
-            for request in requests.values():
-                positions = len(request.prompt_ids) + request.params.max_new_tokens
-                if not cache.fits(positions):
+            for task in tasks.values():
+                if not cache.fits(task.positions):
                     raise DeviceMemoryError(
-                        f"{positions} positions do not fit into a KV cache of {cache.bytes / 2**20:.0f} MiB",
+                        f"{task.positions} positions do not fit into a KV cache of {cache.bytes / 2**20:.0f} MiB",
                         hint="Raise kv_cache_size, ask for fewer new tokens, or use a 16-bit dtype",
                     )
-            run = _Run(self, Scheduler(requests.items(), cache, chunk=self.chunk), cache, steps, observe)
+            run = _Run(
+                self,
+                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=CHOICES[self.model.device.type]),
+                cache,
+                steps,
+                observe,
+            )
             try:
                 for row in run:
-                    del requests[row.slot]
-                    if row.finish_reason is None:
+                    del tasks[row.slot]
+                    if row.failed:
                         failed.append((row.request, len(row.steps) - 1))
-                        continue
-                    yield Generated(
-                        row.request,
-                        _trace(row.steps),
-                        row.finish_reason,
-                        Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
-                        time.perf_counter() - started,
-                    )
+                    else:
+                        yield row
             except torch.OutOfMemoryError as error:
                 if observe is not None:
                     raise DeviceMemoryError(
-                        f"a batch of {len(batch.rows)} rows did not fit into the device's memory",
+                        f"a batch of {asked} rows did not fit into the device's memory",
                         hint="Use fewer rows or shorter prompts",
                     ) from error
                 lacking = error.with_traceback(None)  # its frames hold memory
@@ -383,11 +407,15 @@ class _Run:
         """Run the next pass, as often as it may repeat before the log is looked at."""
         self._cache.upload()
         pieces, times = self._scheduler.compose()
-        chosen = [piece.row for piece in pieces if piece.chooses]
+        chosen = [piece.row for piece in pieces for _ in range(piece.choices)]
         vocabulary = None if self._observe is None else self._model.vocabulary
+        if len(chosen) > self._cache.slots:
+            self._wide(pieces, chosen)
+            self._scheduler.count(pieces, 1)
+            return
         if any(piece.start >= 0 for piece in pieces):
             times = 1
-            scores = self._packed(pieces, vocabulary)
+            scores = self._packed(pieces, self._cache, self._tick, vocabulary)
         else:
             times = 1 if self._observe else min(times, READ_EVERY - len(self._unread))
             slots = tuple(row.lease.slot for row in chosen)
@@ -401,15 +429,24 @@ class _Run:
             for row, row_scores in zip(chosen, scores, strict=False):  # a bucket may hold more rows
                 self._observe(row.slot, row_scores)
 
-    def _packed(self, pieces: Sequence[Piece], vocabulary: int | None) -> torch.Tensor | None:
-        """Run a pass in which some rows compute their prompts."""
-        rows, chooses = pack(pieces, self._model.kernels.tile, self._tick, self._model.device)
+    def _packed(
+        self, pieces: Sequence[Piece], cache: Cache, tick: int, vocabulary: int | None = None
+    ) -> torch.Tensor | None:
+        """Run a pass in which some rows compute what they are given."""
+        rows, chooses = pack(pieces, self._model.kernels.tile, tick, self._model.device)
         scores = None
         if vocabulary is not None and chooses:
             scores = torch.empty(chooses, vocabulary, dtype=torch.float32, device=self._model.device)
-        self._model.forward(rows, self._cache, scores)
+        self._model.forward(rows, cache, scores)
         self._steps.forget()
         return scores
+
+    def _wide(self, pieces: Sequence[Piece], chosen: list[Row]) -> None:
+        """Run a pass that chooses more tokens than the log has rows, with a log of its own."""
+        self._look()  # what was chosen before is read before
+        log = torch.zeros(1, len(chosen), LOG_WIDTH, dtype=torch.int32, device=self._model.device)
+        self._packed(pieces, self._cache.logging_to(log), 0)
+        self._send(log, [chosen])
 
     def _look(self) -> None:
         """Send for what the passes since the last look have logged."""
@@ -424,16 +461,20 @@ class _Run:
             if first + count <= TICKS
             else torch.cat([log[first:], log[: first + count - TICKS]])
         )
+        self._send(part, self._unread)
+        self._unread = []
+
+    def _send(self, part: torch.Tensor, rows: list[list[Row]]) -> None:
+        """Bring a part of a log to the host, when the device gets there."""
         done = None
-        if log.is_cuda:
+        if part.is_cuda:
             words = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
             words.copy_(part, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         else:
             words = part.clone()
-        self._looks.append(_Look(words, self._unread, done))
-        self._unread = []
+        self._looks.append(_Look(words, rows, done))
 
     def _settle(self, look: _Look) -> Iterator[Row]:
         """Give the rows what was logged of them; yield those that end by it."""
@@ -445,7 +486,7 @@ class _Run:
 
 
 def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) -> tuple[Rows, int]:
-    """Return the tensors of a pass, sent to the device in one copy, and how many of its rows choose a token."""
+    """Return the tensors of a pass, sent to the device in one copy, and how many tokens it chooses."""
     tokens: list[int] = []
     slots: list[int] = []
     positions: list[int] = []
@@ -460,15 +501,14 @@ def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) ->
             positions.append(-1)
             spans.append((begin, 1, piece.row.computed))
         else:
-            tokens += piece.row.prompt[piece.start : piece.start + piece.count]
+            tokens += piece.row.given[piece.start : piece.start + piece.count]
             positions += range(piece.start, piece.start + piece.count)
             spans.append((begin, piece.count, piece.start))
         slots += [piece.row.lease.slot] * piece.count
         for at in range(0, piece.count, tile):
             first.append(begin + at)
             counts.append(min(tile, piece.count - at))
-        if piece.chooses:
-            last.append(begin + piece.count - 1)
+        last += range(begin + piece.count - piece.choices, begin + piece.count)
     parts = [tokens, slots, positions, first, counts, last, [tick] * len(last)]
     control = torch.empty(sum(map(len, parts)), dtype=torch.int32, device=device)
     copy_in(torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts])), control)

@@ -31,6 +31,18 @@ class Lease:
     prefixes: list[_Prefix] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Logged:
+    """A cache whose passes log elsewhere."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+    newest: torch.Tensor
+    lengths: torch.Tensor
+    log: torch.Tensor
+
+
 class KVCache:
     """Keys and values [layers, pages, H, PAGE, D] and each slot's state (see ``kernels.base.Cache``).
 
@@ -81,19 +93,19 @@ class KVCache:
         """Return whether a request of so many positions could ever be held."""
         return -(-positions // PAGE) <= self.pages
 
-    def lease(self, prompt: Sequence[int], positions: int) -> Lease | None:
-        """Return a slot and pages for a request of so many positions, or None until others have finished.
+    def lease(self, given: Sequence[int], positions: int, *, share: int | None = None) -> Lease | None:
+        """Return a slot and pages for a task of so many positions, or None until others have finished.
 
-        Full pages of the prompt that are known are shared; the prompt's last token is always computed, since its scores
-        are wanted.
+        Full pages of the ``given`` tokens that are known are shared, among the first ``share`` positions; by default
+        among all but the last, whose scores are wanted.
         """
         if not self._free_slots:
             return None
         needed = -(-positions // PAGE)
-        full = (len(prompt) - 1) // PAGE
-        prefixes = [tuple(prompt[: (i + 1) * PAGE]) for i in range(full)]
+        full = (len(given) - 1) // PAGE
+        prefixes = [tuple(given[: (i + 1) * PAGE]) for i in range(full)]
         shared: list[int] = []
-        for prefix in prefixes:
+        for prefix in prefixes[: full if share is None else share // PAGE]:
             page = self._known.get(prefix)
             if page is None:
                 break
@@ -107,6 +119,8 @@ class KVCache:
         slot = self._free_slots.pop()
         pages = shared + fresh
         for page, prefix in zip(pages[len(shared) : full], prefixes[len(shared) :], strict=True):
+            if prefix in self._known:
+                continue  # computed again, for its scores
             # whoever comes later in the same pass finds the page written before it is read
             self._known[prefix] = page
             self._names[page] = prefix
@@ -134,6 +148,10 @@ class KVCache:
             self._forget(page)
             self._free.append(page)
         self._idle.clear()
+
+    def logging_to(self, log: torch.Tensor) -> Logged:
+        """Return this cache with another log in its place."""
+        return Logged(self.keys, self.values, self.table, self.newest, self.lengths, log)
 
     def upload(self) -> None:
         """Bring the page table to the device, where it has changed."""

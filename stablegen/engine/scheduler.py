@@ -1,8 +1,8 @@
 """Continuous batching: which rows take part in the next pass; host logic alone, no tensor is touched.
 
-Requests are admitted in order while slots and pages last. Rows whose prompt is not computed yet take part with a chunk
-of it, all others with one token. A row leaves when its last step is scheduled, which its budget tells in advance, or
-when its end token is read, some passes later; what ran beyond it is dropped.
+Tasks are admitted in order while slots and pages last. Rows whose given tokens are not computed yet take part with a
+chunk of them, all others with one token. A row leaves when its last step is scheduled, which its budget tells in
+advance, or when its end token is read, some passes later; what ran beyond it is dropped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,36 @@ from stablegen.record import FinishReason
 from stablegen.request import Request
 
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """A request that runs: how far its passes are scheduled, and what has been read of them."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A request to be run; with ``answer``, token ids, what would be chosen at each step of that answer is wanted."""
 
     slot: int
     """Its place in the batch that was asked for."""
     request: Request
+    answer: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Return the token ids known before it runs."""
+        return self.request.prompt_ids + self.answer[:-1]
+
+    @property
+    def budget(self) -> int:
+        """Return how many steps it has at most."""
+        return len(self.answer) or self.request.params.max_new_tokens
+
+    @property
+    def positions(self) -> int:
+        """Return how many positions its keys and values take at most."""
+        return len(self.request.prompt_ids) + self.budget
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A task that runs: how far its passes are scheduled, and what has been read of them."""
+
+    task: Task
     lease: Lease
     computed: int
     """Positions whose keys and values are scheduled."""
@@ -32,6 +55,20 @@ class Row:
     """The log's words of each step that was read."""
     finish_reason: FinishReason | None = None
     failed: bool = False
+    given: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = self.task.given
+
+    @property
+    def slot(self) -> int:
+        """Return its place in the batch that was asked for."""
+        return self.task.slot
+
+    @property
+    def request(self) -> Request:
+        """Return what it runs for."""
+        return self.task.request
 
     @property
     def finished(self) -> bool:
@@ -41,29 +78,32 @@ class Row:
     def read(self, words: Sequence[int]) -> bool:
         """Take one step's words from the log; return whether it was the last."""
         self.steps.append(words)
-        params = self.request.params
+        task = self.task
         if not words[6]:
             self.failed = True
-        elif words[0] in params.eos_token_ids:
+        elif words[0] in task.request.params.eos_token_ids and not task.answer:
             self.finish_reason = "stop"
-        elif len(self.steps) == params.max_new_tokens:
+        elif len(self.steps) == task.budget:
             self.finish_reason = "length"
         return self.finished
 
     @property
-    def prompt(self) -> tuple[int, ...]:
-        """Return the prompt's token ids."""
-        return self.request.prompt_ids
-
-    @property
     def left(self) -> int:
         """Return how many steps are not scheduled yet."""
-        return self.request.params.max_new_tokens - self.scheduled
+        return self.task.budget - self.scheduled
 
     @property
     def wants(self) -> int:
-        """Return how many tokens of the prompt are not scheduled yet."""
-        return max(0, len(self.prompt) - self.computed)
+        """Return how many of its given tokens are not scheduled yet."""
+        return max(0, len(self.given) - self.computed)
+
+    def choices(self, count: int) -> int:
+        """Return how many of its next tokens are followed by a step of its own."""
+        return max(0, self.computed + count - max(self.computed, len(self.request.prompt_ids) - 1))
+
+    def reach(self, count: int, choices: int) -> int:
+        """Return how many of its next tokens, ``count`` at most, are followed by so many steps at most."""
+        return count - max(0, self.choices(count) - choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +113,18 @@ class Piece:
     row: Row
     start: int
     count: int
-    chooses: bool
-    """Whether the scores behind its last token are wanted."""
+    choices: int
+    """How many of its last tokens' scores are wanted."""
 
 
 class Scheduler:
-    """Admits requests and composes passes."""
+    """Admits tasks and composes passes of at most ``chunk`` given tokens, which choose ``choices`` at most."""
 
-    def __init__(self, requests: Iterable[tuple[int, Request]], cache: KVCache, *, chunk: int) -> None:
-        self._waiting = deque(requests)
+    def __init__(self, tasks: Iterable[Task], cache: KVCache, *, chunk: int, choices: int | None = None) -> None:
+        self._waiting = deque(tasks)
         self._cache = cache
         self._chunk = chunk
+        self._choices = choices or chunk
         self.running: list[Row] = []
 
     @property
@@ -92,33 +133,34 @@ class Scheduler:
         return bool(self._waiting or self.running)
 
     def admit(self) -> None:
-        """Let waiting requests in, in order, while slots and pages last."""
+        """Let waiting tasks in, in order, while slots and pages last."""
         while self._waiting:
-            slot, request = self._waiting[0]
-            positions = len(request.prompt_ids) + request.params.max_new_tokens
-            lease = self._cache.lease(request.prompt_ids, positions)
+            task = self._waiting[0]
+            # scores are wanted from the prompt's last token on, so whatever follows it is computed
+            lease = self._cache.lease(task.given, task.positions, share=len(task.request.prompt_ids) - 1)
             if lease is None:
                 assert self.running, "a request that can never fit is refused before"
                 return
             self._waiting.popleft()
-            self.running.append(Row(slot, request, lease, lease.shared))
+            self.running.append(Row(task, lease, lease.shared))
 
     def compose(self) -> tuple[list[Piece], int]:
         """Return the next pass, and how often it may repeat.
 
-        Each row that decodes contributes one token, the others chunks of their prompts.
+        Each row that decodes contributes one token, the others chunks of what they are given.
         """
-        room = self._chunk
+        room, choices = self._chunk, self._choices
         pieces = []
         for row in self.running:
             if row.wants == 0:
-                pieces.append(Piece(row, -1, 1, chooses=True))
+                pieces.append(Piece(row, -1, 1, choices=1))
         for row in self.running:
-            count = min(row.wants, room)
+            count = row.reach(min(row.wants, room), choices)
             if count:
                 # whoever was admitted earlier computes first: a page shared with it is written when it is read
-                pieces.append(Piece(row, row.computed, count, chooses=count == row.wants))
+                pieces.append(Piece(row, row.computed, count, row.choices(count)))
                 room -= count
+                choices -= pieces[-1].choices
         if any(piece.start >= 0 for piece in pieces):
             return pieces, 1
         return pieces, min(row.left for row in self.running)
@@ -128,7 +170,7 @@ class Scheduler:
         for piece in pieces:
             row = piece.row
             row.computed += piece.count * times
-            row.scheduled += piece.chooses * times
+            row.scheduled += piece.choices * times
             if row.left == 0:
                 self._leave(row)
 
