@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
     from stablegen.numerics import Numerics
     from stablegen.policy import ExecutionPolicy, Invariant, Native, Padded, Single, load_policy
-    from stablegen.record import Completion, Composition, Record, SelfCheck, Trace, Verdict
+    from stablegen.record import Completion, Composition, Record, SelfCheck, Trace, Verdict, Verification
     from stablegen.request import GenerationParams, ModelIdentity, Request
     from stablegen.store.base import FlaggedHit
 
@@ -101,6 +101,7 @@ __all__ = [
     "Trace",
     "UnsupportedParameterError",
     "Verdict",
+    "Verification",
     "load_policy",
 ]
 

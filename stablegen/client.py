@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
 
 from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
-from stablegen.engine.base import Engine, Generated
+from stablegen.engine.base import Engine, ForcingEngine, Generated
+from stablegen.engine.repair import regenerate
 from stablegen.errors import (
     CacheWriteError,
     CheckpointError,
@@ -31,7 +32,7 @@ from stablegen.errors import (
 from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, judge
 from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
 from stablegen.policy import ExecutionPolicy, Invariant, Shape, load_policy
-from stablegen.record import Completion, Record, SelfCheck, Verdict
+from stablegen.record import Completion, Record, SelfCheck, Verdict, Verification
 from stablegen.request import GenerationParams, ModelIdentity, Request, check_fits, check_prompt
 from stablegen.store.base import FlaggedHit, Store
 from stablegen.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ Progress = Callable[[int, int], None]
 """Called with how many distinct requests of a call are done, and how many there are."""
 
 log = logging.getLogger("stablegen")
+ONE_PASS = "computed in one pass over the cached answer, anew from where it parts"
 KEEP_EVERY = 5.0
 """Seconds after which the next row to finish has its batch's finished rows written, though others of it go on."""
 
@@ -80,10 +82,15 @@ class ModelSource(Protocol):
 
 @dataclass(slots=True)
 class _Work:
-    """What one call has still to compute, and what stood in the cache for it."""
+    """What one call has still to compute, and what stood in the cache for it.
+
+    ``proves``: whether what stood there may be held against one pass over it. ``keeps``: whether results are cached.
+    """
 
     requests: dict[str, Request] = field(default_factory=dict)
     hits: dict[str, Record] = field(default_factory=dict)
+    proves: bool = False
+    keeps: bool = True
     failure: StablegenError | None = None
 
     def fail(self, error: StablegenError) -> None:
@@ -312,15 +319,51 @@ class Client:
         Raises ``InvalidRequestError`` for a request that was made for another model or tokenizer.
         """
         self._notice_changes()
-        context, vocabulary = self._source.context, self._source.vocabulary
-        fitting = [check_fits(request, context, vocabulary) for request in requests]
-        for request in fitting:
-            if request.model.identity != self._identity.identity or request.tokenizer != self.tokenizer.digest:
-                raise InvalidRequestError(
-                    f"a request was made for {request.model.name!r}, not for {self._identity.name!r} as it is now",
-                    accepted="requests made by this client's request() or make_request()",
-                )
+        fitting = [self._check_mine(request) for request in requests]
         return self._run([(request.key, request) for request in fitting], progress)
+
+    @overload  # a record is a tuple, and is told apart first
+    def verify(  # type: ignore[overload-overlap]
+        self, answers: str | Record | Completion, *, repair: bool = False, progress: Progress | None = None
+    ) -> Verification: ...
+    @overload
+    def verify(
+        self, answers: Sequence[str | Record | Completion], *, repair: bool = False, progress: Progress | None = None
+    ) -> list[Verification]: ...
+
+    def verify(
+        self,
+        answers: str | Record | Completion | Sequence[str | Record | Completion],
+        *,
+        repair: bool = False,
+        progress: Progress | None = None,
+    ) -> Verification | list[Verification]:
+        """Hold a cached answer, or several, against what a run gives today; ``repair`` puts that in their place.
+
+        ``answers``: keys, records or completions. Under ``invariant`` one pass over prompt and answer settles it, all
+        answers together, and only what follows the first differing step is generated anew; under other policies the
+        answer is recomputed. The fresh record equals a fresh generation's bit for bit. Raises
+        ``RecordNotFoundError`` for an unknown key, ``InvalidRequestError`` for another model's answer, and what
+        ``complete`` raises.
+        """
+        self._notice_changes()
+        if isinstance(answers, (str, Record, Completion)):
+            return self.verify([answers], repair=repair, progress=progress)[0]
+        records = [self._record_of(answer) for answer in answers]
+        hits = {record.key: record for record in records}
+        requests = {key: self._check_mine(record.request) for key, record in hits.items()}
+        work = _Work(requests, hits, proves=True, keeps=repair)
+        results: dict[str, Completion] = {}
+        with self._lock:
+            try:
+                self._start()
+                self._compute(work, results, progress)
+            except StablegenError as error:
+                work.fail(error)
+        if work.failure is not None:
+            work.failure.completions = tuple(results.values())
+            raise work.failure
+        return [Verification(hits[r.key], results[r.key].record, results[r.key].verdict) for r in records]
 
     def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
         """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.
@@ -404,6 +447,21 @@ class Client:
     ) -> None:
         self.close()
 
+    def _record_of(self, answer: str | Record | Completion) -> Record:
+        if isinstance(answer, Completion):
+            return answer.record
+        return answer if isinstance(answer, Record) else self.inspect(answer)
+
+    def _check_mine(self, request: Request) -> Request:
+        """Return a request; raise ``InvalidRequestError`` where it does not fit, or was made for another model."""
+        check_fits(request, self._source.context, self._source.vocabulary)
+        if request.model.identity != self._identity.identity or request.tokenizer != self.tokenizer.digest:
+            raise InvalidRequestError(
+                f"a request was made for {request.model.name!r}, not for {self._identity.name!r} as it is now",
+                accepted="requests made by this client's request() or make_request()",
+            )
+        return request
+
     # -- one request's way -------------------------------------------------------------------------------------
 
     def _notice_changes(self) -> None:
@@ -451,7 +509,7 @@ class Client:
         return [results[key] for key, _ in asked]
 
     def _look_up(self, asked: list[tuple[str, Request]], results: dict[str, Completion]) -> _Work:
-        work = _Work()
+        work = _Work(proves=self.on_risk == "verify")
         for key, request in asked:
             if key in results or key in work.requests:
                 continue
@@ -480,29 +538,49 @@ class Client:
 
     def _compute(self, work: _Work, results: dict[str, Completion], progress: Progress | None) -> None:
         assert self._engine is not None
-        total = len(results) + len(work.requests)
         limits = self._engine.limits
         shapes: dict[Shape, list[Request]] = {}
         for request in work.requests.values():
             shape = self.policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
             shapes.setdefault(shape, []).append(request)
+        total = len(results) + len(work.requests)
+        report = None if progress is None else lambda count: progress(count, total)
         for shape, requests in shapes.items():
             check = self._check(self._identity, shape) or self._measure(shape, work)
-            for batch in self.policy.plan(requests, replace(limits, slot_free=check.slot_free)):
-                fresh: list[Record] = []
-                kept = time.monotonic()
-                try:
-                    for generated in self._engine.generate(batch):
-                        fresh.append(self._record(generated, work))
-                        if progress is not None:
-                            progress(len(results) + len(fresh), total)
-                        if time.monotonic() - kept > KEEP_EVERY:
-                            self._keep(fresh, work, results)
-                            fresh, kept = [], time.monotonic()
-                except (EngineError, DeviceError) as error:
-                    work.fail(error)
-                finally:  # also when interrupted: what is finished is kept
-                    self._keep(fresh, work, results)
+            proved: list[Request] = []
+            if work.proves and check.passed and isinstance(self._engine, ForcingEngine):
+                # one pass over an answer says what a fresh run gives
+                proved = [request for request in requests if request.key in work.hits]
+                answers = [(request, work.hits[request.key].token_ids) for request in proved]
+                self._collect(regenerate(self._engine, answers), work, results, report, how=ONE_PASS)
+            rest = [request for request in requests if request not in proved]
+            for batch in self.policy.plan(rest, replace(limits, slot_free=check.slot_free)):
+                self._collect(self._engine.generate(batch), work, results, report)
+
+    def _collect(
+        self,
+        finishing: Iterator[Generated],
+        work: _Work,
+        results: dict[str, Completion],
+        report: Callable[[int], None] | None,
+        *,
+        how: str = "recomputed",
+    ) -> None:
+        """Record requests as they finish; where some fail, or all is interrupted, keep what is finished."""
+        fresh: list[Record] = []
+        kept = time.monotonic()
+        try:
+            for generated in finishing:
+                fresh.append(self._record(generated, work))
+                if report is not None:
+                    report(len(results) + len(fresh))
+                if time.monotonic() - kept > KEEP_EVERY:
+                    self._keep(fresh, work, results, how)
+                    fresh, kept = [], time.monotonic()
+        except (EngineError, DeviceError) as error:
+            work.fail(error)
+        finally:
+            self._keep(fresh, work, results, how)
 
     def _record(self, generated: Generated, work: _Work) -> Record:
         request = generated.request
@@ -519,18 +597,19 @@ class Client:
         )
         return record.superseding(work.hits.get(record.key))
 
-    def _keep(self, fresh: list[Record], work: _Work, results: dict[str, Completion]) -> None:
+    def _keep(self, fresh: list[Record], work: _Work, results: dict[str, Completion], how: str) -> None:
         for record in fresh:
             old = work.hits.get(record.key)
             if old is None:
                 verdict, stands = self.judge(record), False
             else:
-                verdict = compare(old, record, check=self._check(self._identity, record.composition.shape))
+                check = self._check(self._identity, record.composition.shape)
+                verdict = compare(old, record, check=check, how=how)
                 self._note(old, verdict, work)
-                stands = self.on_risk == "verify" and not verdict.flagged
+                stands = work.proves and not verdict.flagged
             results[record.key] = Completion(record, cached=stands, verdict=verdict)
         try:
-            if fresh:
+            if fresh and work.keeps:
                 self.store.put(fresh)
         except CacheWriteError as error:
             work.fail(error)

@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 
 from stablegen.numerics import Numerics
 from stablegen.policy import load_policy
-from stablegen.record import Record, SelfCheck, Status, Trace, Verdict
+from stablegen.record import Record, SelfCheck, Trace, Verdict, first_difference
 
 _T = TypeVar("_T")
 OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
@@ -82,36 +82,35 @@ def judge(
     )
 
 
-def compare(old: Record, fresh: Record, *, check: SelfCheck | None) -> Verdict:
+def compare(old: Record, fresh: Record, *, check: SelfCheck | None, how: str = "recomputed") -> Verdict:
     """Return the verdict on a hit after it was recomputed: equal bits, equal tokens, or where they part.
 
     Equal bits are ``exact`` only if the next run will give them too, by the ``check`` of the fresh record's numerics.
-    A ``diverged`` verdict names the old answer's token and the fresh one's at the first step that differs.
+    A ``diverged`` verdict names the old answer's token and the fresh one's at the first step that differs. ``how`` the
+    fresh record was made opens the reason.
     """
-    if old.trace is None or fresh.trace is None:
-        same = old.token_ids == fresh.token_ids
-        status: Status = "stable" if same else "diverged"
-        return Verdict(
-            status=status, probability=0.0 if same else 1.0, basis="verified", reason="recomputed; no trace to compare"
-        )
-    step = old.trace.first_difference(fresh.trace)
+    step = first_difference(old.token_ids, fresh.token_ids)
     if step is not None:
         return Verdict(
             status="diverged",
             probability=1.0,
             step=step,
-            token=_at(old.trace.tokens, step),
-            runner_up=_at(fresh.trace.tokens, step),
-            margin=_at(old.trace.margins, step),
+            token=_at(old.token_ids, step),
+            runner_up=_at(fresh.token_ids, step),
+            margin=None if old.trace is None else _at(old.trace.margins, step),
             basis="verified",
-            reason=f"recomputed: the fresh answer differs from step {step} on",
+            reason=f"{how}: the fresh answer differs from step {step} on",
         )
-    bits = old.trace.score_hash == fresh.trace.score_hash
+    if old.trace is None or fresh.trace is None:
+        bits, found = False, "no trace to compare"
+    else:
+        bits = old.trace.score_hash == fresh.trace.score_hash
+        found = "every score row has the same bits" if bits else "same tokens, other scores"
     return Verdict(
         status="exact" if bits and _kept(check, fresh) else "stable",
         probability=0.0,
         basis="verified",
-        reason="recomputed: every score row has the same bits" if bits else "recomputed: same tokens, other scores",
+        reason=f"{how}: {found}",
     )
 
 

@@ -124,16 +124,21 @@ class Trace:
         """Return the columns one after the other, little-endian, 24 bytes a step."""
         return self._data
 
+    def upto(self, stop: int) -> Trace:
+        """Return the trace of the steps before ``stop``."""
+        return Trace.of(*(self._column(index)[:stop] for index in range(len(_COLUMNS))))
+
+    def __add__(self, later: Trace) -> Trace:
+        """Return the trace of these steps and those that followed."""
+        return Trace.of(*(self._column(index) + later._column(index) for index in range(len(_COLUMNS))))
+
     def digest(self) -> str:
         """Return 16 hexadecimal digits that stand for all score rows of the trace."""
         return hashlib.sha256(_pack("Q", self.score_hash)).hexdigest()[:16]
 
     def first_difference(self, other: Trace) -> int | None:
         """Return the first step at which the tokens differ; None where they are the same."""
-        for step, (mine, theirs) in enumerate(zip(self.tokens, other.tokens, strict=False)):
-            if mine != theirs:
-                return step
-        return None if len(self) == len(other) else min(len(self), len(other))
+        return first_difference(self.tokens, other.tokens)
 
     def _column(self, index: int) -> tuple[Any, ...]:
         column = self._columns.get(index)
@@ -142,6 +147,14 @@ class Trace:
             size = self._steps * array(_COLUMNS[index]).itemsize
             column = self._columns[index] = _unpack(_COLUMNS[index], self._data[start : start + size])
         return column
+
+
+def first_difference(mine: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Return the first step at which two answers' token ids differ, or one of them ends; None where they are equal."""
+    for step, (one, other) in enumerate(zip(mine, theirs, strict=False)):
+        if one != other:
+            return step
+    return None if len(mine) == len(theirs) else min(len(mine), len(theirs))
 
 
 def _pack(code: str, values: Sequence[Any]) -> bytes:
@@ -294,6 +307,26 @@ class Completion:
     def trace(self) -> Trace | None:
         """Return the steps' tokens, runner-ups, scores and hashes."""
         return self.record.trace
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of verifying a cached answer: the ``record`` that was held against ``fresh``, a run of today.
+
+    ``verdict`` is ``exact`` (same bits), ``stable`` (same tokens) or ``diverged`` at ``verdict.step``.
+    """
+
+    record: Record
+    fresh: Record
+    verdict: Verdict
+
+    @property
+    def continuations(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the cached token ids and the fresh ones from the first step on that differs; empty where none does."""
+        step = self.verdict.step
+        if self.verdict.status != "diverged" or step is None:
+            return (), ()
+        return self.record.token_ids[step:], self.fresh.token_ids[step:]
 
 
 class SelfCheck(Frozen):

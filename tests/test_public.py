@@ -61,6 +61,7 @@ NAMES = sorted(
         "Trace",
         "UnsupportedParameterError",
         "Verdict",
+        "Verification",
         "load_policy",
     ]
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
@@ -40,5 +40,17 @@ class Engine(Protocol):
 
         Raises ``NonFiniteScoresError`` for a request whose scores became NaN or infinite, after all others of its
         batch were yielded; ``DeviceMemoryError`` where the batch does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class ForcingEngine(Engine, Protocol):
+    """An engine in which computing an answer's tokens at once gives the scores of decoding them one by one."""
+
+    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Iterator[tuple[int, Trace]]:
+        """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
+
+        Raises as ``generate`` does.
         """
         ...

@@ -1,0 +1,78 @@
+"""What a fresh run gives for answers that are there already, computed in one pass where they are still right.
+
+Under batch-invariant kernels an answer's tokens, given all at once, get the scores that decoding them one by one would
+give. By induction an answer whose every token is chosen again is what a fresh run gives; any other is so up to the
+first step that differs, and decoding goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from stablegen.engine.base import ForcingEngine, Generated
+from stablegen.errors import NonFiniteScoresError
+from stablegen.policy import Batch
+from stablegen.record import Composition, FinishReason, Trace
+from stablegen.request import Request
+
+Answer = tuple[Request, tuple[int, ...]]
+"""A request, and the token ids of an answer to it."""
+
+
+def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Iterator[Generated]:
+    """Yield what a fresh run gives for each request, bit for bit; ``composition.slot`` is its place in ``answers``.
+
+    Raises as ``Engine.generate`` does, after all others were yielded.
+    """
+    started = time.perf_counter()
+    failure: NonFiniteScoresError | None = None
+
+    def done(place: int, trace: Trace, reason: FinishReason) -> Generated:
+        where = Composition(len(answers), len(answers), place)
+        return Generated(answers[place][0], trace, reason, where, time.perf_counter() - started)
+
+    begun = {place: Trace(b"") for place, (_, tokens) in enumerate(answers) if not tokens}
+    places = [place for place in range(len(answers)) if place not in begun]
+    try:
+        for index, forced in engine.force([answers[place] for place in places]):
+            place = places[index]
+            trace, reason = still_right(*answers[place], forced)
+            if reason is None:
+                begun[place] = trace
+            else:
+                yield done(place, trace, reason)
+    except NonFiniteScoresError as error:
+        failure = error
+    waiting = list(begun)
+    try:
+        batch = Batch(tuple(_continued(answers[place][0], begun[place]) for place in waiting))
+        for generated in engine.generate(batch):
+            place = waiting[generated.composition.slot]
+            yield done(place, begun[place] + generated.trace, generated.finish_reason)
+    except NonFiniteScoresError as error:
+        failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def still_right(request: Request, tokens: Sequence[int], forced: Trace) -> tuple[Trace, FinishReason | None]:
+    """Return the steps that a fresh run shares with a forced answer, the first that differs included, and their end.
+
+    The reason is None where a fresh run goes on.
+    """
+    params = request.params
+    for step, (given, chosen) in enumerate(zip(tokens, forced.tokens, strict=True)):
+        if chosen in params.eos_token_ids:
+            return forced.upto(step + 1), "stop"
+        if step + 1 == params.max_new_tokens:
+            return forced.upto(step + 1), "length"
+        if chosen != given:
+            return forced.upto(step + 1), None
+    return forced, None
+
+
+def _continued(request: Request, trace: Trace) -> Request:
+    """Return a request for what follows the steps of a trace."""
+    left = request.params.model_copy(update={"max_new_tokens": request.params.max_new_tokens - len(trace)})
+    return Request(request.prompt_ids + trace.tokens, left, request.model, request.tokenizer)
