@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import client, request, small_directory, untraced, with_token
+from support import client, near_tie, request, small_directory, untraced, with_token
 
 from stablegen.engine.gpt2 import GPT2Engine
 from stablegen.engine.repair import regenerate
@@ -247,8 +247,8 @@ def test_answers_whose_scores_are_no_numbers_fail_after_the_others(truth: Record
 
 
 def test_a_divergence_that_was_proved_is_kept_beside_the_judgement(tmp_path: Path, truth: Record) -> None:
-    with client(tmp_path, policy="invariant", accepted_risk=0.0) as asking:
-        asking.store.put([with_token(truth, 4, 7)])
+    with client(tmp_path, policy="invariant") as asking:
+        asking.store.put([near_tie(with_token(truth, 4, 7))])
         asking.complete("Tell me about music", max_new_tokens=NEW)
         assert [hit.verdict.status for hit in asking.warnings()] == ["at_risk"]
         asking.verify(truth.key)
