@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -433,6 +434,52 @@ def show(app_name: App = None, as_json: AsJson = False) -> None:
         return
     for name, value in values.items():
         print(f"{name:>13}  {value!s:<24}  {effective.origins[name]}")
+
+
+@app.command()
+def audit(
+    model: Model = None,
+    revision: Revision = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    sample: Annotated[int | None, typer.Option(help="Cached answers to audit, chosen at random; all if none.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the sample.")] = 0,
+    cache_dir: CacheDir = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw predicted against observed into this .png, .svg or .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate cached answers anew from scratch, and hold the guard's verdicts against what comes of it.
+
+    Ends with 1 where an answer called exact was not. Nothing in the cache is changed.
+    """
+    from stablegen.audit import audit as run
+    from stablegen.audit import render
+    from stablegen.lab.plot import check_plot, draw_reliability
+
+    if sample is not None and sample < 1:
+        raise typer.BadParameter(f"--sample {sample} is not a positive number")
+    if plot is not None:
+        check_plot(plot)
+    with contextlib.ExitStack() as stack:
+        write = None if out is None else stack.enter_context(_output(out))
+        client = stack.enter_context(_client(model, policy, dtype, device, app_name, cache_dir, revision=revision))
+        with _progress("answers") as progress:
+            report = run(client, sample=sample, seed=seed, progress=progress)
+        if write is not None:
+            write(report.model_dump_json(indent=1))
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        render(report, _console())
+    if plot is not None:
+        draw_reliability(report, plot)
+    if report.broken:
+        raise typer.Exit(1)
 
 
 @app.command()

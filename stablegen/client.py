@@ -319,16 +319,26 @@ class Client:
         Raises ``InvalidRequestError`` for a request that was made for another model or tokenizer.
         """
         self._notice_changes()
-        fitting = [self._check_mine(request) for request in requests]
+        fitting = [self.check_mine(request) for request in requests]
         return self._run([(request.key, request) for request in fitting], progress)
 
     @overload  # a record is a tuple, and is told apart first
     def verify(  # type: ignore[overload-overlap]
-        self, answers: str | Record | Completion, *, repair: bool = False, progress: Progress | None = None
+        self,
+        answers: str | Record | Completion,
+        *,
+        repair: bool = False,
+        from_scratch: bool = False,
+        progress: Progress | None = None,
     ) -> Verification: ...
     @overload
     def verify(
-        self, answers: Sequence[str | Record | Completion], *, repair: bool = False, progress: Progress | None = None
+        self,
+        answers: Sequence[str | Record | Completion],
+        *,
+        repair: bool = False,
+        from_scratch: bool = False,
+        progress: Progress | None = None,
     ) -> list[Verification]: ...
 
     def verify(
@@ -336,23 +346,24 @@ class Client:
         answers: str | Record | Completion | Sequence[str | Record | Completion],
         *,
         repair: bool = False,
+        from_scratch: bool = False,
         progress: Progress | None = None,
     ) -> Verification | list[Verification]:
         """Hold a cached answer, or several, against what a run gives today; ``repair`` puts that in their place.
 
         ``answers``: keys, records or completions. Under ``invariant`` one pass over prompt and answer settles it, all
-        answers together, and only what follows the first differing step is generated anew; under other policies the
-        answer is recomputed. The fresh record equals a fresh generation's bit for bit. Raises
+        answers together, and only what follows the first differing step is generated anew; under other policies, and
+        with ``from_scratch``, answers are recomputed. The fresh record equals a fresh generation's bit for bit. Raises
         ``RecordNotFoundError`` for an unknown key, ``InvalidRequestError`` for another model's answer, and what
         ``complete`` raises.
         """
         self._notice_changes()
         if isinstance(answers, (str, Record, Completion)):
-            return self.verify([answers], repair=repair, progress=progress)[0]
+            return self.verify([answers], repair=repair, from_scratch=from_scratch, progress=progress)[0]
         records = [self._record_of(answer) for answer in answers]
         hits = {record.key: record for record in records}
-        requests = {key: self._check_mine(record.request) for key, record in hits.items()}
-        work = _Work(requests, hits, proves=True, keeps=repair)
+        requests = {key: self.check_mine(record.request) for key, record in hits.items()}
+        work = _Work(requests, hits, proves=not from_scratch, keeps=repair)
         results: dict[str, Completion] = {}
         with self._lock:
             try:
@@ -452,7 +463,12 @@ class Client:
             return answer.record
         return answer if isinstance(answer, Record) else self.inspect(answer)
 
-    def _check_mine(self, request: Request) -> Request:
+    @property
+    def model_name(self) -> str:
+        """Return what the caller called the model."""
+        return self._identity.name
+
+    def check_mine(self, request: Request) -> Request:
         """Return a request; raise ``InvalidRequestError`` where it does not fit, or was made for another model."""
         check_fits(request, self._source.context, self._source.vocabulary)
         if request.model.identity != self._identity.identity or request.tokenizer != self.tokenizer.digest:
@@ -606,7 +622,7 @@ class Client:
                 check = self._check(self._identity, record.composition.shape)
                 verdict = compare(old, record, check=check, how=how)
                 self._note(old, verdict, work)
-                stands = work.proves and not verdict.flagged
+                stands = self.on_risk == "verify" and not verdict.flagged
             results[record.key] = Completion(record, cached=stands, verdict=verdict)
         try:
             if fresh and work.keeps:

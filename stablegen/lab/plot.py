@@ -1,4 +1,4 @@
-"""The picture of a bench report: step time over batch size."""
+"""Pictures of reports: step time over batch size, predicted against observed probabilities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from stablegen.errors import MissingPackageError, ParameterError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+    from stablegen.audit import AuditReport
     from stablegen.lab.bench import Cell, Report
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -49,6 +51,35 @@ def draw(report: Report, file: Path) -> None:
         f"GB/s. {report.machine.summary()}"
     )
     figure.supxlabel(textwrap.fill(caption, 88 * len(report.floors)), fontsize="x-small")
+    _save(figure, file)
+
+
+def draw_reliability(report: AuditReport, file: Path) -> None:
+    """Write an audit's predicted probabilities against what was observed to ``file``, with their confidence bounds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 5.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="calibrated")
+    for one in report.reliability:
+        seen = one.observed
+        assert seen.value is not None
+        bounds = [[seen.value - seen.low], [seen.high - seen.value]]
+        axes.errorbar(one.predicted, seen.value, yerr=bounds, marker="o", capsize=3, color="C0")
+        axes.annotate(str(seen.of), (one.predicted, seen.value), xytext=(6, 6), textcoords="offset points")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted probability of diverging", ylabel="observed")
+    axes.legend(frameon=False)
+    caption = (
+        f"{report.model}, {report.numerics.summary()}: {report.audited} cached answers generated anew; "
+        "bars: 95 % confidence, numbers: answers"
+    )
+    figure.supxlabel(textwrap.fill(caption, 80), fontsize="x-small")
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
     try:
         figure.savefig(file, dpi=150)
     except OSError as error:
