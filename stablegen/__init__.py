@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stablegen.calibration import Calibration
     from stablegen.client import Client
     from stablegen.errors import (
         AttentionMaskError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         CacheError,
         CacheSchemaError,
         CacheWriteError,
+        CalibrationError,
         CheckpointError,
         ConfigError,
         ContextLengthError,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = ("client", "guard", "numerics", "policy", "record", "request", "store.base", "errors")
+_HOMES = ("client", "calibration", "guard", "numerics", "policy", "record", "request", "store.base", "errors")
 """Modules of the public names, searched in this order: whoever imports the client has loaded most of them."""
 
 __all__ = [
@@ -60,6 +62,8 @@ __all__ = [
     "CacheError",
     "CacheSchemaError",
     "CacheWriteError",
+    "Calibration",
+    "CalibrationError",
     "CheckpointError",
     "Client",
     "Completion",

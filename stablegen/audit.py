@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from stablegen.errors import InvalidRequestError
 from stablegen.frozen import Frozen
 from stablegen.numerics import Numerics
 from stablegen.record import Record, Verdict, Verification
@@ -22,6 +21,7 @@ Outcome = Literal["bits", "tokens", "diverged"]
 OUTCOMES: tuple[Outcome, ...] = ("bits", "tokens", "diverged")
 CONFIDENCE = 0.95
 BINS = 10
+OTHER_MODEL = "of another model or tokenizer"
 
 
 class Share(Frozen):
@@ -128,13 +128,10 @@ def audit(
     count = 0
     for record in client.store.records():
         count += 1
-        try:
-            client.check_mine(record.request)
-        except InvalidRequestError:
-            reason = "of another model or tokenizer"
-            skipped[reason] = skipped.get(reason, 0) + 1
-        else:
+        if client.answers_for(record):
             chosen.append(record)
+        else:
+            skipped[OTHER_MODEL] = skipped.get(OTHER_MODEL, 0) + 1
     if sample is not None and sample < len(chosen):
         skipped["not in the sample"] = len(chosen) - sample
         chosen = random.Random(seed).sample(chosen, sample)

@@ -303,7 +303,7 @@ def _print_record(client: Client, record: Record) -> None:
         console.print(f"   superseded  {old.text!r} by {old.numerics.summary()}", markup=False, highlight=False)
     if record.trace is None:
         return
-    risks = flip_probabilities(record.trace, record.numerics, client.numerics)
+    risks = flip_probabilities(record.trace, record.numerics, client.numerics, client.calibration(record))
     table = _table("step", "token", "runner-up", "margin", "p(flip)", "")
     for step, (best, second, margin, risk) in enumerate(
         zip(record.trace.tokens, record.trace.runner_ups, record.trace.margins, risks, strict=True)
@@ -434,6 +434,79 @@ def show(app_name: App = None, as_json: AsJson = False) -> None:
         return
     for name, value in values.items():
         print(f"{name:>13}  {value!s:<24}  {effective.origins[name]}")
+
+
+@app.command()
+def calibrate(
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="POLICY/DTYPE whose answers are scored again, native in the dtype of --to if none; or 'cache': "
+            "the answers that it holds, of whatever numerics.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", help="POLICY/DTYPE that scores them; what the settings say if none.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts, JSON lines or text lines; a built-in set if none.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far margins move between two numerics, for the guard to judge hits by."""
+    import tempfile
+
+    from stablegen.calibration import measure
+    from stablegen.prompts import SAMPLE
+
+    asked = list(SAMPLE) if prompts is None else [_text(line) for line in _input(None, prompts)]
+    policy, dtype = _pair("--to", target, None, dtype)
+    with contextlib.ExitStack() as stack:
+        scoring = _client(model, policy, dtype, device, app_name, cache_dir, revision=revision)
+        stack.enter_context(scoring)
+        with _progress("answers") as progress:
+            if source == "cache":
+                mine = [record for record in scoring.store.records() if scoring.answers_for(record)]
+                found = scoring.calibrate(mine, progress=progress)
+            else:
+                policy, dtype = _pair("--from", source, "native", scoring.numerics.dtype)
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stablegen-")))
+                answering = _client(model, policy, dtype, device, app_name, folder, revision=revision)
+                stack.enter_context(answering)
+                found = measure(answering, scoring, asked, max_new_tokens=max_new_tokens, progress=progress)
+    for one in found:
+        if as_json:
+            print(one.model_dump_json())
+            continue
+        print(f"{one.model.name}: {one.recorded.summary()} -> {one.current.summary()}")
+        print(f"    {one.basis}: {one.flips} steps flipped, {one.tie_flips} of {one.ties} ties")
+        for share in (0.5, 0.99):
+            print(f"    {share:.0%} of margins moved by at most {one.quantile(share):.3g} at a score of 16")
+        print(f"    beyond {one.tail_from * 2 ** (4 * one.power):.3g} extrapolated, tail shape {one.tail_shape:.2f}")
+
+
+def _pair(option: str, given: str | None, policy: str | None, dtype: str | None) -> tuple[str | None, str | None]:
+    """Return the policy and the dtype of POLICY/DTYPE; of either alone the other stays as it is."""
+    if given is None:
+        return policy, dtype
+    parts = given.split("/")
+    if len(parts) > 2 or not parts[0]:
+        raise typer.BadParameter(f"{option} {given!r} is not POLICY/DTYPE, such as native/bfloat16")
+    return parts[0], parts[1] if len(parts) == 2 else dtype
+
+
+def _text(line: Any) -> str:
+    if line.error is not None:
+        raise line.error
+    return str(line.prompt)
 
 
 @app.command()

@@ -13,11 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
 
+from stablegen.calibration import Calibration, fit
 from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
-from stablegen.engine.base import Engine, ForcingEngine, Generated
+from stablegen.engine.base import Engine, FollowingEngine, ForcingEngine, Generated
 from stablegen.engine.repair import regenerate
 from stablegen.errors import (
     CacheWriteError,
+    CalibrationError,
     CheckpointError,
     ConfigError,
     DeviceError,
@@ -31,8 +33,8 @@ from stablegen.errors import (
 )
 from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, judge
 from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
-from stablegen.policy import ExecutionPolicy, Invariant, Shape, load_policy
-from stablegen.record import Completion, Record, SelfCheck, Verdict, Verification
+from stablegen.policy import Batch, ExecutionPolicy, Invariant, Shape, load_policy
+from stablegen.record import Completion, Record, SelfCheck, Trace, Verdict, Verification
 from stablegen.request import GenerationParams, ModelIdentity, Request, check_fits, check_prompt
 from stablegen.store.base import FlaggedHit, Store
 from stablegen.tokenizer import Tokenizer
@@ -47,6 +49,8 @@ Progress = Callable[[int, int], None]
 
 log = logging.getLogger("stablegen")
 ONE_PASS = "computed in one pass over the cached answer, anew from where it parts"
+CALIBRATION_SIZES = (2, 8, 32)
+"""Batch sizes whose noise is measured where a policy promises nothing of it."""
 KEEP_EVERY = 5.0
 """Seconds after which the next row to finish has its batch's finished rows written, though others of it go on."""
 
@@ -276,6 +280,7 @@ class Client:
         self._identity = source.identity
         self._engine: Engine | None = None
         self._checks: dict[tuple[str, Shape], SelfCheck] = {}
+        self._calibrations: dict[str, Calibration | None] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._asked = lru_cache(maxsize=65536)(self._ask)
@@ -376,6 +381,71 @@ class Client:
             raise work.failure
         return [Verification(hits[r.key], results[r.key].record, results[r.key].verdict) for r in records]
 
+    def calibrate(
+        self,
+        answers: Sequence[str | Record | Completion],
+        *,
+        sizes: Sequence[int] = CALIBRATION_SIZES,
+        progress: Progress | None = None,
+    ) -> list[Calibration]:
+        """Measure how far margins move from the numerics of these answers to this client's; judge by it from then on.
+
+        ``answers``: keys, records or completions, whose tokens are scored again as they stand. Under ``native`` they
+        are run in batches of each of the ``sizes``, for it promises nothing of any. Returns a calibration for each
+        numerics among the answers; the cache keeps them. Raises ``CalibrationError`` where there are too few steps, and
+        what ``verify`` raises.
+        """
+        self._notice_changes()
+        records = [record for record in map(self._record_of, answers) if record.trace is not None and record.trace]
+        for record in records:
+            self.check_mine(record.request)
+        groups: dict[str, list[Record]] = {}
+        for record in records:
+            groups.setdefault(record.numerics.digest, []).append(record)
+        if not groups:
+            raise CalibrationError("no answer with a trace to calibrate by", hint="Generate some first")
+        found = []
+        with self._lock:
+            self._start()
+            done = 0
+            for group in groups.values():
+                pairs = []
+                for old, trace in self._led_along(group, sizes):
+                    assert old.trace is not None
+                    pairs.append((old.trace, trace))
+                    done += 1
+                    if progress is not None:
+                        progress(min(done, len(records)), len(records))
+                found.append(fit(self._identity, group[0].numerics, self.numerics, pairs, prompts=len(group)))
+        for calibration in found:
+            name = _calibration_name(self._identity, calibration.recorded, self.numerics)
+            self.store.put_calibration(name, calibration)
+            self._calibrations[name] = calibration
+        return found
+
+    def _led_along(self, records: Sequence[Record], sizes: Sequence[int]) -> Iterator[tuple[Record, Trace]]:
+        """Yield records, each with what this client's engine would have chosen at each of its steps."""
+        engine = self._engine
+        if isinstance(engine, ForcingEngine):
+            for place, trace in engine.force([(record.request, record.token_ids) for record in records]):
+                yield records[place], trace
+            return
+        assert isinstance(engine, FollowingEngine)
+        by_key = {record.key: record for record in records}
+        requests = [record.request for record in records]
+        if self.policy.promises:
+            batches = self.policy.plan(requests, engine.limits)
+        else:
+            batches = [
+                Batch(tuple(requests[start : start + size]))
+                for size in sizes
+                for start in range(0, len(requests), size)
+            ]
+        for batch in batches:
+            along = {slot: by_key[request.key].token_ids for slot, request in batch.requests}
+            for generated in engine.follow(batch, along):
+                yield by_key[generated.request.key], generated.trace
+
     def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
         """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.
 
@@ -424,8 +494,18 @@ class Client:
 
     def judge(self, record: Record) -> Verdict:
         """Return the guard's verdict on a record under this client's numerics."""
-        check = self._check(record.request.model, record.composition.shape)
-        return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk)
+        check = None
+        if record.numerics.digest == self.numerics.digest:  # of others no promise is asked
+            check = self._check(record.request.model, record.composition.shape)
+        calibration = self.calibration(record)
+        return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk, calibration=calibration)
+
+    def calibration(self, record: Record) -> Calibration | None:
+        """Return what was measured of the noise between a record's numerics and this client's, with its model."""
+        name = _calibration_name(record.request.model, record.numerics, self.numerics)
+        if name not in self._calibrations:
+            self._calibrations[name] = self.store.get_calibration(name)
+        return self._calibrations[name]
 
     def warnings(self) -> list[FlaggedHit]:
         """Return the hits that were flagged, oldest first."""
@@ -467,6 +547,14 @@ class Client:
     def model_name(self) -> str:
         """Return what the caller called the model."""
         return self._identity.name
+
+    def answers_for(self, record: Record) -> bool:
+        """Return whether a record's request is one that this client, with its model and tokenizer, could answer."""
+        try:
+            self.check_mine(record.request)
+        except InvalidRequestError:
+            return False
+        return True
 
     def check_mine(self, request: Request) -> Request:
         """Return a request; raise ``InvalidRequestError`` where it does not fit, or was made for another model."""
@@ -714,6 +802,10 @@ class Client:
         chance = "" if verdict.probability is None else f", probability of divergence {verdict.probability:.3g}"
         margin = "" if verdict.margin is None else f", margin {verdict.margin:.3g}"
         return f"step {verdict.step}, {first!r} against {second!r}{margin}{chance} ({verdict.basis}); {verdict.reason}"
+
+
+def _calibration_name(model: ModelIdentity, recorded: Numerics, current: Numerics) -> str:
+    return ":".join((*model.identity.values(), recorded.digest, current.digest))
 
 
 def _shown(record: Record) -> str:

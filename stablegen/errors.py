@@ -27,6 +27,7 @@
     │   ├── CacheSchemaError         written by a newer stablegen
     │   ├── CorruptEntryError        an entry that fails its checks
     │   └── RecordNotFoundError (KeyError)  no record under that key
+    ├── CalibrationError             too little data to calibrate by
     ├── DivergenceRiskError          a flagged hit under ``on_risk="raise"``
     └── MissingPackageError          an optional package that is not installed
 
@@ -172,6 +173,10 @@ class DivergenceRiskError(StablegenError):
         super().__init__(problem, hint=hint)
         self.key = key
         self.verdict = verdict
+
+
+class CalibrationError(StablegenError):
+    """Too little data to say how far margins move."""
 
 
 class MissingPackageError(StablegenError):

@@ -4,7 +4,8 @@ Equal ``Numerics`` under a policy whose promise was checked here mean ``exact``.
 margins of the record's steps: a step flips if the noise between two numerics exceeds its margin, and an answer
 diverges if any step flips, ``1 - prod(1 - p_t)``.
 
-**The prior.** Until a model is calibrated, the noise on a margin is taken as normal, its standard deviation counted in
+**Calibration** (``calibration.py``) measures, for a model and two numerics, how far margins move. **The prior** serves
+where there is none: the noise on a margin is taken as normal, its standard deviation counted in
 units in the last place (ulp) of the winning score: ``NOISE[device][dtype]`` between numerics of one dtype,
 ``CROSS_DTYPE_NOISE`` ulp of the coarser dtype otherwise. Verdicts that rest on it say so (``basis="prior"``).
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 from math import erfc, frexp, ldexp, sqrt
 from typing import Literal, TypeVar
 
+from stablegen.calibration import Calibration
 from stablegen.numerics import Numerics
 from stablegen.policy import load_policy
 from stablegen.record import Record, SelfCheck, Trace, Verdict, first_difference
@@ -51,9 +53,11 @@ def judge(
     *,
     check: SelfCheck | None,
     accepted_risk: float = DEFAULT_ACCEPTED_RISK,
+    calibration: Calibration | None = None,
 ) -> Verdict:
     """Return the verdict on a hit if it were recomputed under ``numerics``.
 
+    ``calibration``: of the record's model, from its numerics to these; without one the prior serves.
     ``check`` is the self-check of those numerics with the record's model, None if there was none; without a passed
     one nothing is ``exact``. ``accepted_risk`` is the probability of divergence up to which a hit is ``stable``. The
     step a verdict names is the most fragile one, the first of them where several are.
@@ -63,7 +67,7 @@ def judge(
         return EXACT
     if record.trace is None:
         return Verdict(status="unknown", reason="the record has no trace to judge by")
-    risks = flip_probabilities(record.trace, record.numerics, numerics)
+    risks = flip_probabilities(record.trace, record.numerics, numerics, calibration)
     survival = 1.0
     for risk in risks:
         survival *= 1.0 - risk
@@ -77,8 +81,9 @@ def judge(
         token=record.trace.tokens[step],
         runner_up=record.trace.runner_ups[step],
         margin=best - second,
-        basis="prior",
-        reason=_reason(record, numerics, same=same, check=check),
+        basis="prior" if calibration is None else "calibrated",
+        reason=_reason(record, numerics, same=same, check=check)
+        + ("" if calibration is None else f"; {calibration.basis}"),
     )
 
 
@@ -126,11 +131,15 @@ def _kept(check: SelfCheck | None, record: Record) -> bool:
     return load_policy(record.numerics.policy).promises and not (slot_matters and record.composition.slot)
 
 
-def flip_probabilities(trace: Trace, recorded: Numerics, current: Numerics) -> list[float]:
-    """Return, for each step, the prior probability that its two best tokens change places.
+def flip_probabilities(
+    trace: Trace, recorded: Numerics, current: Numerics, calibration: Calibration | None = None
+) -> list[float]:
+    """Return, for each step, the probability that its two best tokens change places, calibrated or by the prior.
 
     ``recorded`` are the numerics that computed the trace, ``current`` those that would recompute it.
     """
+    if calibration is not None:
+        return calibration.flip_probabilities(trace)
     bits = min(MANTISSA_BITS[recorded.dtype], MANTISSA_BITS[current.dtype])
     if recorded.dtype == current.dtype:
         noise = NOISE["cuda" if recorded.device == current.device == "cuda" else "cpu"][current.dtype]

@@ -47,3 +47,18 @@ def _prompt(line: str) -> str:
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise ValueError("is JSON, but not an object with a string 'prompt'")
     return str(content["prompt"])
+
+
+_SUBJECTS = (
+    *("music", "films", "books", "travel", "food", "sports", "politics", "history"),
+    *("science", "weather", "animals", "art", "love", "money", "work"),
+)
+_OPENINGS = (
+    "What do you think about {}?\nanswer : ",
+    "The old man began to speak about {}, and",
+    "She had never cared for {}; but",
+    "Why is {} so important to you, my friend?\nanswer : ",
+    "In those days {} was",
+)
+SAMPLE = tuple(opening.format(subject) for subject in _SUBJECTS for opening in _OPENINGS)
+"""Prompts to measure a model by where the user names none."""

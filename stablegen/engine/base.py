@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Observer = Callable[[int, "torch.Tensor"], None]
 """Sees each step of each request: its slot, and the full score row [V] in float32."""
+
+
+Follow = Mapping[int, Sequence[int]]
+"""By slot, the token ids of an answer that decoding is led along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,18 @@ class ForcingEngine(Engine, Protocol):
 
     def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Iterator[tuple[int, Trace]]:
         """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
+
+        Raises as ``generate`` does.
+        """
+        ...
+
+
+@runtime_checkable
+class FollowingEngine(Engine, Protocol):
+    """An engine that can be led along given answers, one step after the other."""
+
+    def follow(self, batch: Batch, answers: Follow) -> Iterator[Generated]:
+        """Yield the requests of a batch, each with what would have been chosen at each step of its answer.
 
         Raises as ``generate`` does.
         """

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from stablegen.engine.base import Generated, Observer
+from stablegen.engine.base import Follow, Generated, Observer
 from stablegen.errors import DeviceMemoryError, NonFiniteScoresError, NumericsChangedError
 from stablegen.kernels.base import BestTwo
 from stablegen.numerics import Numerics, attention_backends, reduced_precision, torch_matmul_precision
@@ -40,6 +40,8 @@ _THREADS = threading.RLock()
 @dataclass(slots=True)
 class _Row:
     request: Request
+    followed: Sequence[int] = ()
+    """Token ids that are fed in place of those chosen."""
     tokens: list[int] = field(default_factory=list)
     runner_ups: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -48,9 +50,12 @@ class _Row:
 
     def finish_reason(self) -> FinishReason | None:
         params = self.request.params
-        if self.tokens[-1] in params.eos_token_ids:
+        if self.tokens[-1] in params.eos_token_ids and not self.followed:
             return "stop"
-        return "length" if len(self.tokens) == params.max_new_tokens else None
+        return "length" if len(self.tokens) == (len(self.followed) or params.max_new_tokens) else None
+
+    def newest(self) -> int:
+        return self.followed[len(self.tokens) - 1] if self.followed else self.tokens[-1]
 
     def trace(self) -> Trace:
         unsigned = [value & 0xFFFFFFFFFFFFFFFF for value in self.hashes]
@@ -58,19 +63,23 @@ class _Row:
 
 
 class Answers:
-    """The answers of a batch as they grow; ``live`` are the slots that still do."""
+    """The answers of a batch as they grow; ``live`` are the slots that still do.
 
-    def __init__(self, batch: Batch, capacity: int | None = None) -> None:
+    ``follow``, by slot: token ids that are fed in place of those chosen, to their end.
+    """
+
+    def __init__(self, batch: Batch, capacity: int | None = None, follow: Follow | None = None) -> None:
         self._batch = batch
         self._capacity = capacity
-        self._rows = {slot: _Row(request) for slot, request in batch.requests}
+        follow = follow or {}
+        self._rows = {slot: _Row(request, follow.get(slot, ())) for slot, request in batch.requests}
         self._failed: list[tuple[Request, int]] = []
         self._started = time.perf_counter()
         self.live = list(self._rows)
 
     def newest(self) -> list[int]:
-        """Return the newest token of each live slot."""
-        return [self._rows[slot].tokens[-1] for slot in self.live]
+        """Return the token that each live slot is fed next."""
+        return [self._rows[slot].newest() for slot in self.live]
 
     def add(self, slots: Sequence[int], best: BestTwo) -> Iterator[Generated]:
         """Take one step, ``best`` [M] of the M ``slots``; yield what it ends. Slots that are not live are ignored."""
@@ -127,12 +136,13 @@ def decode(
     device: torch.device,
     best_two: Callable[[torch.Tensor], BestTwo],
     observe: Observer | None = None,
+    follow: Follow | None = None,
 ) -> Iterator[Generated]:
     """Yield each request of a batch as it finishes; a row that fails is reported when the others are done.
 
-    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass.
+    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass. ``follow`` as in ``Answers``.
     """
-    answers = Answers(batch)
+    answers = Answers(batch, follow=follow)
     forward = run_on(device, batch, prepare)
     scores = run_on(device, batch, lambda: forward.prefill(answers.live))
     while True:

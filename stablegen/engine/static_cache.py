@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stablegen.engine.attention import OneKernel
-from stablegen.engine.base import Generated, Observer
+from stablegen.engine.base import Follow, Generated, Observer
 from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.decode import Answers, cpu_threads, run_on
 from stablegen.kernels.base import BestTwo
@@ -153,6 +153,11 @@ class _Decoder:
         read.copy_(self._log[start : start + count], non_blocking=True)
         return _Look(read, on_its_way=read.device != self._log.device)
 
+    def feed(self, slots: list[int], tokens: list[int]) -> None:
+        """Let these tokens be the newest of their slots, in place of those chosen."""
+        device = self._newest.device
+        self._newest[torch.tensor(slots, device=device), 0] = torch.tensor(tokens, device=device)
+
     def _step(self) -> torch.Tensor:
         """Feed each row its newest token; return the scores [S, V] float32. Nothing here looks at a value."""
         seen = (self._places >= self._first) & (self._places <= self._cursor)  # [S, C]
@@ -238,15 +243,20 @@ class StaticDecoding:
         self._done: torch.cuda.Event | None = None
 
     def decode(
-        self, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, observe: Observer | None = None
+        self,
+        batch: Batch,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        observe: Observer | None = None,
+        follow: Follow | None = None,
     ) -> Iterator[Generated]:
         """Yield each request of a batch, its prompts [S, W] padded on the left, a few steps after it finishes."""
         rows, width = ids.shape
         longest = max(request.params.max_new_tokens for _, request in batch.requests)
         capacity = batch.capacity or capacity_for(width + longest)
         assert width + longest - 1 <= capacity  # the last token is never fed
-        answers = Answers(batch, capacity)
-        count, unread = (STEPS, UNREAD) if observe is None else (1, 1)
+        answers = Answers(batch, capacity, follow)
+        count, unread = (STEPS, UNREAD) if observe is None and follow is None else (1, 1)
         looks: deque[_Look] = deque()
         entries = 0
         with self._borrow(batch, rows, capacity) as decoder:
@@ -254,6 +264,8 @@ class StaticDecoding:
             while answers.live:
                 while entries < longest and len(looks) < unread:
                     size = min(count, longest - entries)
+                    if follow is not None and entries:
+                        self._run(batch, partial(decoder.feed, answers.live, answers.newest()))
                     looks.append(self._run(batch, partial(decoder.advance, entries, size)))
                     entries += size
                 for best in looks.popleft().wait():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stablegen.engine.attention import OneKernel
-from stablegen.engine.base import Generated, Observer
+from stablegen.engine.base import Follow, Generated, Observer
 from stablegen.engine.decode import check_flags, cpu_threads, decode
 from stablegen.errors import ModelError
 from stablegen.kernels.reference import best_two
@@ -50,12 +50,19 @@ class TransformersEngine:
 
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
         """
+        return self._decode(batch, observe, None)
+
+    def follow(self, batch: Batch, answers: Follow) -> Iterator[Generated]:
+        """Yield the requests of a batch, each with what would have been chosen at each step of its answer."""
+        return self._decode(batch, None, answers)
+
+    def _decode(self, batch: Batch, observe: Observer | None, follow: Follow | None) -> Iterator[Generated]:
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         check_flags(self.numerics)
         if self._static is not None:
-            return self._static.decode(batch, *left_padded(batch), observe)
-        return decode(lambda: _LeftPadded(self, batch), batch, self.model.device, best_two, observe)
+            return self._static.decode(batch, *left_padded(batch), observe, follow)
+        return decode(lambda: _LeftPadded(self, batch), batch, self.model.device, best_two, observe, follow)
 
 
 def left_padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from stablegen.calibration import Calibration
 from stablegen.frozen import Frozen
 from stablegen.record import Record, SelfCheck, Verdict
 
@@ -38,13 +39,14 @@ class StoreStats:
     records: int
     flagged_hits: int
     self_checks: int
+    calibrations: int
     foreign: int
     size: int
     size_limit: int | None
 
 
 class Store(Protocol):
-    """Records by request key, and beside them the flagged hits and the self-checks.
+    """Records by request key, and beside them the flagged hits, the self-checks and the calibrations.
 
     An entry that fails its checks is reported (``CacheEntryWarning``) and treated as absent. Writing raises
     ``CacheWriteError`` where the disk is full or fails.
@@ -86,6 +88,18 @@ class Store(Protocol):
 
     def checks(self) -> list[SelfCheck]:
         """Return every self-check."""
+        ...
+
+    def get_calibration(self, name: str) -> Calibration | None:
+        """Return the calibration kept under a name, or None."""
+        ...
+
+    def put_calibration(self, name: str, calibration: Calibration) -> None:
+        """Keep a calibration."""
+        ...
+
+    def calibrations(self) -> list[Calibration]:
+        """Return every calibration."""
         ...
 
     def stats(self) -> StoreStats:

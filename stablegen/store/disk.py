@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import diskcache
 from diskcache.core import MODE_BINARY, MODE_RAW
 
+from stablegen.calibration import VERSION, Calibration
 from stablegen.errors import (
     CacheDirectoryError,
     CacheEntryWarning,
@@ -28,7 +29,7 @@ _T = TypeVar("_T")
 
 _OWN = ("cache.db", ".probe-", "digests.json")
 """How the files begin that may lie in a new cache: another process may be opening it at this moment."""
-_RECORD, _FLAG, _CHECK = "record:", "flag:", "check:"
+_RECORD, _FLAG, _CHECK, _CALIBRATION = "record:", "flag:", "check:", "calibration:"
 
 
 class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
@@ -125,15 +126,31 @@ class DiskStore:
         found = (self._read(name, SelfCheck.model_validate_json) for name in self._names(_CHECK))
         return [check for check in found if check is not None]
 
+    def get_calibration(self, name: str) -> Calibration | None:
+        """Return the calibration kept under a name, or None; one of another version is none."""
+        found = self._read(_CALIBRATION + name, Calibration.model_validate_json)
+        return found if found is not None and found.version == VERSION else None
+
+    def put_calibration(self, name: str, calibration: Calibration) -> None:
+        """Keep a calibration."""
+        self._write({_CALIBRATION + name: calibration.model_dump_json().encode()})
+
+    def calibrations(self) -> list[Calibration]:
+        """Return every calibration."""
+        found = (self._read(name, Calibration.model_validate_json) for name in self._names(_CALIBRATION))
+        return [one for one in found if one is not None and one.version == VERSION]
+
     def stats(self) -> StoreStats:
         """Return what the store holds."""
         names = list(self._names(""))
-        counts = [sum(name.startswith(prefix) for name in names) for prefix in (_RECORD, _FLAG, _CHECK)]
+        prefixes = (_RECORD, _FLAG, _CHECK, _CALIBRATION)
+        counts = [sum(name.startswith(prefix) for name in names) for prefix in prefixes]
         total = self._retry(self._cache.__len__)
         return StoreStats(
             records=counts[0],
             flagged_hits=counts[1],
             self_checks=counts[2],
+            calibrations=counts[3],
             foreign=total - sum(counts),
             size=int(self._retry(self._cache.volume)),
             size_limit=self.size_limit,

@@ -18,33 +18,10 @@ from stablegen.engine.loading import load_engine
 from stablegen.guard import MANTISSA_BITS
 from stablegen.numerics import find_device, numerics_on
 from stablegen.policy import Batch, Native
+from stablegen.prompts import SAMPLE
 from stablegen.request import GenerationParams, Request
 from stablegen.tokenizer import Tokenizer
 
-SUBJECTS = [
-    "music",
-    "films",
-    "books",
-    "travel",
-    "food",
-    "sports",
-    "politics",
-    "history",
-    "science",
-    "weather",
-    "animals",
-    "art",
-    "love",
-    "money",
-    "work",
-]
-OPENINGS = (
-    "What do you think about {}?\nanswer : ",
-    "The old man began to speak about {}, and",
-    "She had never cared for {}; but",
-    "Why is {} so important to you, my friend?\nanswer : ",
-    "In those days {} was",
-)
 Rows = list[torch.Tensor]
 
 
@@ -93,7 +70,7 @@ def main() -> None:
     memory = DigestMemory(None)
     checkpoint = open_checkpoint(options.model, None, memory)
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, memory)
-    prompts = [opening.format(subject) for subject in SUBJECTS for opening in OPENINGS][: options.prompts]
+    prompts = SAMPLE[: options.prompts]
     params = GenerationParams(max_new_tokens=options.tokens)
     requests = [Request(tokenizer.encode(p), params, checkpoint.identity, tokenizer.digest, p) for p in prompts]
     results: list[dict[str, object]] = []

@@ -1,0 +1,256 @@
+"""How far margins move between two numerics, as measured: the probability that a step flips.
+
+Both numerics score the same tokens. A step's margin, that of the token chosen under the first numerics over its best
+rival, moves by some noise; the step flips where it moves below zero. Noise grows with the size of the scores: it is
+counted in units of ``2 ** (power * exponent of the best score)``, ``power`` being what the measured noise shows.
+
+Within the data the probability that noise exceeds a margin is the share of measured noise that did. Beyond, it is a
+generalised Pareto tail fitted to the largest tenth, its shape taken one standard error too heavy, so that what was
+never seen is called likelier than it may be. Margins of exactly zero are a class of their own: what the scores' own
+rounding made equal flips as often as it was seen to.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import frexp, ldexp, log, sqrt
+from typing import TYPE_CHECKING
+
+from stablegen.errors import CalibrationError
+from stablegen.frozen import Frozen
+from stablegen.numerics import Numerics
+from stablegen.record import Trace
+from stablegen.request import ModelIdentity
+
+if TYPE_CHECKING:
+    from stablegen.client import Client, Progress
+
+VERSION = 1
+LEAST_STEPS = 200
+"""Steps below which nothing is fitted."""
+KNOTS = 512
+"""Sizes of noise at most whose share is kept."""
+TAIL = 0.1
+"""The largest noise, as a share, to which the tail is fitted."""
+NEGLIGIBLE = 1e-7
+"""Probabilities of a step below are zero: a thousand of them make no ten-thousandth."""
+_FAR = 1e12
+
+
+class Calibration(Frozen):
+    """The noise between two numerics of one model, measured over ``steps`` steps of ``prompts`` prompts.
+
+    ``sizes``: noise without its sign, in units, ascending; ``above`` and ``from_on``: the shares of all steps whose
+    noise was larger, and at least as large. ``grid``: whether noise has few values, as scores rounded to 16 bits do.
+    ``tail_from`` (units), ``tail_share``, ``tail_shape``, ``tail_scale``: the Pareto tail. ``ties`` and ``tie_flips``:
+    steps of margin zero, and how many flipped; ``flips``: all that did.
+    """
+
+    version: int = VERSION
+    model: ModelIdentity
+    recorded: Numerics
+    current: Numerics
+    prompts: int
+    steps: int
+    flips: int
+    ties: int
+    tie_flips: int
+    power: float
+    grid: bool
+    sizes: tuple[float, ...]
+    above: tuple[float, ...]
+    from_on: tuple[float, ...]
+    tail_from: float
+    tail_share: float
+    tail_shape: float
+    tail_scale: float
+
+    @property
+    def basis(self) -> str:
+        """Return in words what it rests on."""
+        return f"calibrated on {self.steps} steps of {self.prompts} prompts"
+
+    def quantile(self, share: float, score: float = 16.0) -> float:
+        """Return what so large a share of the margins beside such a score moved by at most."""
+        at = next((i for i, above in enumerate(self.above) if above <= 1.0 - share), len(self.sizes) - 1)
+        return self.sizes[at] * unit(score, self.power)
+
+    def flip_probabilities(self, trace: Trace) -> list[float]:
+        """Return, for each step of a trace under ``recorded``, the probability that it flips under ``current``."""
+        flip, reaches, units = self._tables
+        found = []
+        steps = zip(trace.scores, trace.runner_up_scores, trace.tokens, trace.runner_ups, strict=True)
+        for best, second, token, runner_up in steps:
+            exponent = frexp(best)[1]
+            margin = best - second
+            far = margin > reaches[exponent]
+            found.append(0.0 if far else flip(margin / units[exponent], runner_up < token))
+        return found
+
+    def flip_probability(self, margin: float, score: float, *, rival_is_earlier: bool = False) -> float:
+        """Return the probability that a step of this margin and best score flips.
+
+        ``rival_is_earlier``: whether the runner-up has the lower id, so that it wins where the two come to tie.
+        """
+        return self._tables[0](margin / unit(score, self.power), rival_is_earlier)
+
+    @cached_property
+    def _tables(self) -> tuple[Callable[[float, bool], float], list[float], list[float]]:
+        """Return the probability of a flip by the margin in units and whether the rival is earlier.
+
+        With it, by a best score's exponent as frexp tells it, the margin beyond which no flip counts, and the unit.
+        """
+        # noise of either sign is as likely
+        tied = (self.tie_flips + 0.5) / (self.ties + 1.0)
+        sizes, above = self.sizes, [0.5 * share for share in self.above]
+        from_on = [0.5 * share for share in self.from_on] if self.grid else above
+        start, share = self.tail_from, 0.5 * self.tail_share
+        rate, power = self.tail_shape / self.tail_scale, -1.0 / self.tail_shape
+
+        def flip(size: float, rival_is_earlier: bool) -> float:
+            if size > start:
+                return float(share * (1.0 + rate * (size - start)) ** power)
+            if size <= 0.0:
+                return tied
+            at = bisect.bisect_left(sizes, size)
+            if sizes[at] == size:
+                return from_on[at] if rival_is_earlier else above[at]
+            if at == 0:
+                return 0.5
+            if self.grid:
+                return above[at - 1]
+            part = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+            return above[at - 1] + part * (above[at] - above[at - 1])
+
+        reach = max(start, self.tail_scale)
+        while reach < _FAR and flip(reach, False) > NEGLIGIBLE:
+            reach *= 1.1
+        exponents = [*range(130), *range(-150, 0)]  # all that a float32 has, the negative ones counted from the end
+        units = [unit(ldexp(0.5, exponent), self.power) for exponent in exponents]
+        return flip, [reach * one for one in units], units
+
+
+def unit(score: float, power: float) -> float:
+    """Return the unit in which noise beside a best score is counted; below 1 it does not shrink with the score."""
+    return float(2.0 ** (power * max(frexp(score)[1] - 1, 0)))
+
+
+def moved(recorded: Trace, current: Trace) -> list[tuple[float, float, float, bool]]:
+    """Return, for each step that both have, margin, best score, how far the margin moved, and whether the step flipped.
+
+    ``current`` must have been led along the tokens of ``recorded``.
+    """
+    found = []
+    rows = zip(recorded.tokens, recorded.scores, recorded.margins, current.tokens, current.margins, strict=False)
+    for token, score, margin, chosen, now in rows:
+        flipped = chosen != token
+        # by how much its token leads now, or lags behind
+        found.append((margin, score, (-now if flipped else now) - margin, flipped))
+    return found
+
+
+def fit(
+    model: ModelIdentity,
+    recorded: Numerics,
+    current: Numerics,
+    pairs: Sequence[tuple[Trace, Trace]],
+    *,
+    prompts: int,
+) -> Calibration:
+    """Return the calibration that pairs of traces give: one as recorded, one led along its tokens.
+
+    ``prompts``: how many there were; each may have been scored several times.
+    Raises ``CalibrationError`` where there are too few steps to say anything.
+    """
+    from scipy.stats import genpareto  # heavy, and wanted here alone
+
+    seen = [step for pair in pairs for step in moved(*pair)]
+    if len(seen) < LEAST_STEPS:
+        raise CalibrationError(
+            f"{len(seen)} steps are too few to calibrate by",
+            accepted=f"at least {LEAST_STEPS}",
+            hint="Give more prompts, or ask for more tokens of each",
+        )
+    noise = [abs(size) for _, _, size, _ in seen]
+    still = sum(size == 0.0 for size in noise) / len(noise)
+    grid = still > 0.02 or len(set(noise)) < len(noise) // 4
+    power = _power([score for _, score, _, _ in seen], noise)
+    if grid:  # units of powers of two, so that equal noise stays equal
+        power = float(round(power))
+    sizes = sorted(size / unit(score, power) for size, (_, score, _, _) in zip(noise, seen, strict=True))
+    knots = _knots(sizes)
+    above = [1.0 - bisect.bisect_right(sizes, knot) / len(sizes) for knot in knots]
+    from_on = [1.0 - bisect.bisect_left(sizes, knot) / len(sizes) for knot in knots]
+    start = sizes[int(len(sizes) * (1.0 - TAIL))]
+    excesses = [size - start for size in sizes if size > start]
+    if len(excesses) >= 20:
+        shape = genpareto.fit(excesses, floc=0.0)[0]
+        shape = max(shape, 0.0) + (1.0 + max(shape, 0.0)) / sqrt(len(excesses))
+        _, _, scale = genpareto.fit(excesses, f0=shape, floc=0.0)
+    else:  # hardly anything moved: what never moved might, by as much as the least unit seen
+        shape, scale = 0.5, max(sizes[-1], min((size for size in sizes if size > 0.0), default=1e-6))
+    share = max(len(excesses), 1) / len(sizes)
+    ties = [flipped for margin, _, _, flipped in seen if margin == 0.0]
+    return Calibration(
+        model=model,
+        recorded=recorded,
+        current=current,
+        prompts=prompts,
+        steps=len(seen),
+        flips=sum(flipped for *_, flipped in seen),
+        ties=len(ties),
+        tie_flips=sum(ties),
+        power=power,
+        grid=grid,
+        sizes=tuple(knots),
+        above=tuple(above),
+        from_on=tuple(from_on),
+        tail_from=start,
+        tail_share=share,
+        tail_shape=float(shape),
+        tail_scale=float(scale),
+    )
+
+
+def _knots(sizes: Sequence[float]) -> list[float]:
+    """Return sizes to keep, ascending and different: all, or as many as suffice to tell any share."""
+    distinct = sorted(set(sizes))
+    if len(distinct) <= KNOTS:
+        return distinct
+    last = len(sizes) - 1
+    return sorted({sizes[round(last * i / (KNOTS - 1))] for i in range(KNOTS)})
+
+
+def _power(scores: Sequence[float], noise: Sequence[float]) -> float:
+    """Return with which power of the score's binade noise grows, from 0 (not at all) to 1."""
+    from scipy.stats import linregress
+
+    points = [
+        (max(frexp(score)[1] - 1, 0), log(size, 2)) for score, size in zip(scores, noise, strict=True) if size > 0
+    ]
+    exponents = {exponent for exponent, _ in points}
+    if len(exponents) < 2:
+        return 1.0
+    slope = linregress([x for x, _ in points], [y for _, y in points]).slope
+    return float(min(max(slope, 0.0), 1.0))
+
+
+def measure(
+    source: Client,
+    target: Client,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> list[Calibration]:
+    """Let ``source`` answer prompts, and ``target`` be calibrated by the answers; both have the same model.
+
+    A source that promises nothing answers one prompt after the other: what company does is the target's to show.
+    """
+    if source.policy.promises:
+        answers = source.complete(prompts, max_new_tokens=max_new_tokens)
+    else:
+        answers = [source.complete(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
+    return target.calibrate([answer.record for answer in answers], progress=progress)
