@@ -195,8 +195,8 @@ def watch_leases() -> Iterator[list[int]]:
     shared: list[int] = []
     lease = KVCache.lease
 
-    def watched(self: KVCache, prompt: Sequence[int], positions: int) -> Lease | None:
-        given = lease(self, prompt, positions)
+    def watched(self: KVCache, prompt: Sequence[int], positions: int, **named: Any) -> Lease | None:
+        given = lease(self, prompt, positions, **named)
         if given is not None:
             shared.append(given.shared)
         return given
@@ -472,6 +472,24 @@ def compare_prefill_with_decode(comparison: Comparison, engine: Engine, request:
     for step in range(1, len(decoded.trace)):
         longer = make_request((*request.prompt_ids, *decoded.trace.tokens[:step]), steps=1)
         comparison.add(f"prefilled to step {step}", decoded.scores[step : step + 1], alone(engine, longer).scores)
+
+
+def compare_forced(comparison: Comparison, engine: GPT2Engine, requests: Sequence[Request]) -> None:
+    """Give the engine answers that it has decoded, all at once, then with a token edited; compare every step's hash."""
+    decoded = traces(engine, Batch(tuple(requests)))
+    answers = [(request, decoded[slot].tokens) for slot, request in enumerate(requests)]
+    engine.forget()
+    for slot, trace in engine.force(answers):
+        comparison.add_hashes(f"answer {slot} of {len(answers)}", decoded[slot].score_hash, trace.score_hash)
+    edited = []
+    for slot, (request, tokens) in enumerate(answers):
+        step = 7 * slot % len(tokens)
+        edited.append((request, (*tokens[:step], tokens[step] ^ 1, *tokens[step + 1 :])))
+    for slot, trace in engine.force(edited):
+        step = 7 * slot % len(trace)
+        shared = decoded[slot].score_hash[: step + 1]
+        comparison.add_hashes(f"answer {slot}, edited at {step}", shared, trace.score_hash[: step + 1])
+        assert trace.tokens[step] == decoded[slot].tokens[step], (slot, step)
 
 
 def compare_edges(comparison: Comparison, engine: GPT2Engine, vocabulary: int) -> None:

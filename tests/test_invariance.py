@@ -37,6 +37,7 @@ from invariance import (
     compare_companies_of_client,
     compare_cuts,
     compare_edges,
+    compare_forced,
     compare_interleaved,
     compare_limits,
     compare_needle,
@@ -176,6 +177,15 @@ def test_bounds_of_the_engine(compare: Begin, dtype: str) -> None:
     make = partial(invariant_engine, "random-gpt2", dtype)
     comparison = compare("rows, pages and chunks bounded", "random-gpt2", make())
     compare_limits(comparison, make, [needle_of("random-gpt2", 130), *make_pool("random-gpt2", count=8, longest=70)])
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forced_answers(compare: Begin, dtype: str) -> None:
+    engine = invariant_engine("random-gpt2", dtype)
+    comparison = compare("forced answers", "random-gpt2", engine)
+    pool = [make_request(make_ids(i, 1 + 9 * i, 1031), 1 + 11 * i % 40) for i in range(8)]
+    compare_forced(comparison, engine, pool)
     comparison.assert_equal()
 
 

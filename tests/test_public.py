@@ -20,6 +20,8 @@ NAMES = sorted(
         "CacheError",
         "CacheSchemaError",
         "CacheWriteError",
+        "Calibration",
+        "CalibrationError",
         "CheckpointError",
         "Client",
         "Completion",

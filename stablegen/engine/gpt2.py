@@ -277,6 +277,7 @@ class GPT2Engine:
         while tasks:
             lacking: torch.OutOfMemoryError | None = None
             cache, steps = self._reserve()
+            choices = CHOICES[self.model.device.type]
             for task in tasks.values():
                 if not cache.fits(task.positions):
                     raise DeviceMemoryError(
@@ -285,7 +286,7 @@ class GPT2Engine:
                     )
             run = _Run(
                 self,
-                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=CHOICES[self.model.device.type]),
+                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=max(choices, self.max_rows)),
                 cache,
                 steps,
                 observe,

@@ -25,6 +25,7 @@ from invariance import (
     compare_companies_of_client,
     compare_cuts,
     compare_edges,
+    compare_forced,
     compare_interleaved,
     compare_limits,
     compare_needle,
@@ -218,6 +219,16 @@ def test_the_whole_context_decoded(compare: Begin, name: str, dtype: str) -> Non
 def test_length_and_past_of_the_cache(compare: Begin, dtype: str) -> None:
     comparison = compare("KV cache length", SMALL, invariant(SMALL, dtype))
     compare_capacities(comparison, own_model(SMALL, dtype, "cuda"), VOCABULARY)
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forced_answers(compare: Begin, name: str, dtype: str) -> None:
+    engine = invariant(name, dtype)
+    comparison = compare("forced answers", name, engine)
+    # more steps than a pass may choose
+    pool = [make_request(make_ids(i, 1 + 9 * i, VOCABULARY), 128 - 3 * i) for i in range(40)]
+    compare_forced(comparison, engine, pool)
     comparison.assert_equal()
 
 

@@ -221,6 +221,19 @@ def test_another_stream_and_a_busy_gpu(compare: Begin, dtype: str) -> None:
     comparison.assert_equal()
 
 
+@pytest.mark.parametrize("policy", ["single", "padded:4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_being_led_along_its_own_answer_moves_nothing(compare: Begin, dtype: str, policy: str) -> None:
+    engine = engine_of(dtype, policy)
+    comparison = compare("led along its own answer", SMALL, engine)
+    batch = mixed_batch() if policy != "single" else Batch((needle_of(2, 60, 20),))
+    own = {slot: answer.trace for slot, answer in run(engine, batch).items()}
+    for done in engine.follow(batch, {slot: trace.tokens for slot, trace in own.items()}):
+        slot = done.composition.slot
+        comparison.add_hashes(f"slot {slot}", own[slot].score_hash, done.trace.score_hash)
+    comparison.assert_equal()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
