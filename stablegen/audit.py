@@ -152,6 +152,7 @@ def audit(
 
 def _audited(found: Verification, verdict: Verdict) -> AuditedHit:
     old, fresh = found.record, found.fresh
+    assert fresh is not None  # nothing is left to margins here
     outcome: Outcome = "tokens"
     if found.verdict.status == "diverged":
         outcome = "diverged"

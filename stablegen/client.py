@@ -31,7 +31,7 @@ from stablegen.errors import (
     RecordNotFoundError,
     StablegenError,
 )
-from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, judge
+from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, flip_probabilities, fragile_steps, judge
 from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
 from stablegen.policy import Batch, ExecutionPolicy, Invariant, Shape, load_policy
 from stablegen.record import Completion, Record, SelfCheck, Trace, Verdict, Verification
@@ -357,8 +357,10 @@ class Client:
         """Hold a cached answer, or several, against what a run gives today; ``repair`` puts that in their place.
 
         ``answers``: keys, records or completions. Under ``invariant`` one pass over prompt and answer settles it, all
-        answers together, and only what follows the first differing step is generated anew; under other policies, and
-        with ``from_scratch``, answers are recomputed. The fresh record equals a fresh generation's bit for bit. Raises
+        answers together, and only what follows the first differing step is generated anew. Under ``single`` and
+        ``padded:N`` an answer of other numerics is replayed up to its last step whose risk is not negligible, and
+        recomputed where it parts before. Otherwise, and with ``repair`` or ``from_scratch``, answers are recomputed.
+        The fresh record equals a fresh generation's bit for bit. Raises
         ``RecordNotFoundError`` for an unknown key, ``InvalidRequestError`` for another model's answer, and what
         ``complete`` raises.
         """
@@ -370,16 +372,30 @@ class Client:
         requests = {key: self.check_mine(record.request) for key, record in hits.items()}
         work = _Work(requests, hits, proves=not from_scratch, keeps=repair)
         results: dict[str, Completion] = {}
+        settled: dict[str, Verdict] = {}
         with self._lock:
             try:
                 self._start()
+                if work.proves and not repair and self.policy.promises and not isinstance(self._engine, ForcingEngine):
+                    settled = self._replay(work)
+                    work.requests = {key: asked for key, asked in work.requests.items() if key not in settled}
                 self._compute(work, results, progress)
             except StablegenError as error:
                 work.fail(error)
         if work.failure is not None:
             work.failure.completions = tuple(results.values())
             raise work.failure
-        return [Verification(hits[r.key], results[r.key].record, results[r.key].verdict) for r in records]
+        found = []
+        for record in records:
+            if record is hits[record.key] and record.key in settled:
+                found.append(Verification(record, None, settled[record.key]))
+                continue
+            done, verdict = results[record.key], results[record.key].verdict
+            if record is not hits[record.key]:  # another answer to the same request
+                check = self._check(self._identity, done.record.composition.shape)
+                verdict = compare(record, done.record, check=check)
+            found.append(Verification(record, done.record, verdict))
+        return found
 
     def calibrate(
         self,
@@ -392,35 +408,43 @@ class Client:
 
         ``answers``: keys, records or completions, whose tokens are scored again as they stand. Under ``native`` they
         are run in batches of each of the ``sizes``, for it promises nothing of any. Returns a calibration for each
-        numerics among the answers; the cache keeps them. Raises ``CalibrationError`` where there are too few steps, and
-        what ``verify`` raises.
+        numerics among the answers that has steps enough; the cache keeps them. Raises ``CalibrationError`` where none
+        has, and what ``verify`` raises.
         """
         self._notice_changes()
-        records = [record for record in map(self._record_of, answers) if record.trace is not None and record.trace]
-        for record in records:
+        groups: dict[str, dict[str, Record]] = {}
+        for record in map(self._record_of, answers):
             self.check_mine(record.request)
-        groups: dict[str, list[Record]] = {}
-        for record in records:
-            groups.setdefault(record.numerics.digest, []).append(record)
+            if record.trace:
+                groups.setdefault(record.numerics.digest, {})[record.key] = record
+        total, done = sum(map(len, groups.values())), 0
+        failure = CalibrationError("no answer with a trace to calibrate by", hint="Generate some first")
         if not groups:
-            raise CalibrationError("no answer with a trace to calibrate by", hint="Generate some first")
+            raise failure
         found = []
         with self._lock:
             self._start()
-            done = 0
-            for group in groups.values():
+            for group in map(list, map(dict.values, groups.values())):
                 pairs = []
                 for old, trace in self._led_along(group, sizes):
                     assert old.trace is not None
                     pairs.append((old.trace, trace))
                     done += 1
                     if progress is not None:
-                        progress(min(done, len(records)), len(records))
-                found.append(fit(self._identity, group[0].numerics, self.numerics, pairs, prompts=len(group)))
-        for calibration in found:
-            name = _calibration_name(self._identity, calibration.recorded, self.numerics)
-            self.store.put_calibration(name, calibration)
-            self._calibrations[name] = calibration
+                        progress(min(done, total), total)
+                recorded = group[0].numerics
+                try:
+                    made = fit(self._identity, recorded, self.numerics, pairs, prompts=len(group))
+                except CalibrationError as error:
+                    failure = error
+                    log.info("answers of %s do not calibrate: %s", recorded.summary(), error)
+                    continue
+                name = _calibration_name(self._identity, recorded, self.numerics)
+                self.store.put_calibration(name, made)
+                self._calibrations[name] = made
+                found.append(made)
+        if not found:
+            raise failure
         return found
 
     def _led_along(self, records: Sequence[Record], sizes: Sequence[int]) -> Iterator[tuple[Record, Trace]]:
@@ -642,15 +666,9 @@ class Client:
 
     def _compute(self, work: _Work, results: dict[str, Completion], progress: Progress | None) -> None:
         assert self._engine is not None
-        limits = self._engine.limits
-        shapes: dict[Shape, list[Request]] = {}
-        for request in work.requests.values():
-            shape = self.policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
-            shapes.setdefault(shape, []).append(request)
         total = len(results) + len(work.requests)
         report = None if progress is None else lambda count: progress(count, total)
-        for shape, requests in shapes.items():
-            check = self._check(self._identity, shape) or self._measure(shape, work)
+        for requests, check in self._by_shape(work):
             proved: list[Request] = []
             if work.proves and check.passed and isinstance(self._engine, ForcingEngine):
                 # one pass over an answer says what a fresh run gives
@@ -658,8 +676,47 @@ class Client:
                 answers = [(request, work.hits[request.key].token_ids) for request in proved]
                 self._collect(regenerate(self._engine, answers), work, results, report, how=ONE_PASS)
             rest = [request for request in requests if request not in proved]
-            for batch in self.policy.plan(rest, replace(limits, slot_free=check.slot_free)):
+            for batch in self.policy.plan(rest, replace(self._engine.limits, slot_free=check.slot_free)):
                 self._collect(self._engine.generate(batch), work, results, report)
+
+    def _by_shape(self, work: _Work) -> Iterator[tuple[list[Request], SelfCheck]]:
+        """Yield what is to be computed by the shape in which it runs, each measured before."""
+        assert self._engine is not None
+        limits = self._engine.limits
+        shapes: dict[Shape, list[Request]] = {}
+        for request in work.requests.values():
+            shape = self.policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
+            shapes.setdefault(shape, []).append(request)
+        for shape, requests in shapes.items():
+            yield requests, self._check(self._identity, shape) or self._measure(shape, work)
+
+    def _replay(self, work: _Work) -> dict[str, Verdict]:
+        """Return a verdict for each hit whose fragile steps, decoded again in their own shapes, gave its tokens."""
+        assert self._engine is not None
+        steps: dict[str, tuple[int, float]] = {}
+        for key, hit in work.hits.items():
+            if hit.trace and hit.whole and hit.numerics.digest != self.numerics.digest:
+                risks = flip_probabilities(hit.trace, hit.numerics, self.numerics, self.calibration(hit))
+                count, rest = fragile_steps(risks)
+                if count < len(hit.trace):
+                    steps[key] = max(count, 1), rest
+        settled: dict[str, Verdict] = {}
+        for requests, check in self._by_shape(work):
+            short = [request for request in requests if request.key in steps]
+            for batch in self.policy.plan(short, replace(self._engine.limits, slot_free=check.slot_free)):
+                rows = tuple(None if row is None else row.limited_to(steps[row.key][0]) for row in batch.rows)
+                for generated in self._engine.generate(replace(batch, rows=rows)):
+                    asked = batch.rows[generated.composition.slot]
+                    assert asked is not None
+                    count, rest = steps[asked.key]
+                    if generated.trace.tokens == work.hits[asked.key].token_ids[:count]:
+                        settled[asked.key] = Verdict(
+                            status="stable",
+                            probability=rest,
+                            basis="verified",
+                            reason=f"replayed up to step {count - 1}: same tokens; no margin beyond is narrow enough",
+                        )
+        return settled
 
     def _collect(
         self,

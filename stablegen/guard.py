@@ -20,6 +20,7 @@ project, batch size 1 against 2, 8 and 32, 64 greedy tokens a prompt (results be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import erfc, frexp, ldexp, sqrt
 from typing import Literal, TypeVar
 
@@ -33,6 +34,8 @@ OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
 """What happens to a flagged hit."""
 
 DEFAULT_ACCEPTED_RISK = 0.01
+NEGLIGIBLE_RISK = 1e-4
+"""Probability of a divergence that verification leaves to the margins, where it has to decode step by step."""
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
 NOISE = {
     "cuda": {"float32": 140.0, "float16": 0.9, "bfloat16": 0.6},
@@ -85,6 +88,16 @@ def judge(
         reason=_reason(record, numerics, same=same, check=check)
         + ("" if calibration is None else f"; {calibration.basis}"),
     )
+
+
+def fragile_steps(risks: Sequence[float]) -> tuple[int, float]:
+    """Return how many steps must be looked at for the rest to be negligible together, and the rest's risk."""
+    survival = 1.0
+    for count in range(len(risks), 0, -1):
+        if survival * (1.0 - risks[count - 1]) < 1.0 - NEGLIGIBLE_RISK:
+            return count, 1.0 - survival
+        survival *= 1.0 - risks[count - 1]
+    return 0, 1.0 - survival
 
 
 def compare(old: Record, fresh: Record, *, check: SelfCheck | None, how: str = "recomputed") -> Verdict:

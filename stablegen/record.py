@@ -216,6 +216,13 @@ class Record(NamedTuple):
         """Return the generated token ids, an end token included."""
         return self.untraced if self.trace is None else self.trace.tokens
 
+    @property
+    def whole(self) -> bool:
+        """Return whether the answer ends where its request lets it: with its only end token, or at its length."""
+        params, tokens = self.request.params, self.token_ids
+        ends = [step for step, token in enumerate(tokens) if token in params.eos_token_ids]
+        return ends == [len(tokens) - 1] if ends else len(tokens) == params.max_new_tokens
+
     def superseding(self, old: Record | None) -> Record:
         """Return this record with ``old`` kept behind it, itself stripped of what it had replaced."""
         return self._replace(superseded=None if old is None else old._replace(superseded=None))
@@ -313,18 +320,19 @@ class Completion:
 class Verification:
     """What came of verifying a cached answer: the ``record`` that was held against ``fresh``, a run of today.
 
-    ``verdict`` is ``exact`` (same bits), ``stable`` (same tokens) or ``diverged`` at ``verdict.step``.
+    ``verdict`` is ``exact`` (same bits), ``stable`` (same tokens) or ``diverged`` at ``verdict.step``. ``fresh`` is
+    None where a part of the answer was replayed and the margins of the rest are too wide to matter.
     """
 
     record: Record
-    fresh: Record
+    fresh: Record | None
     verdict: Verdict
 
     @property
     def continuations(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the cached token ids and the fresh ones from the first step on that differs; empty where none does."""
         step = self.verdict.step
-        if self.verdict.status != "diverged" or step is None:
+        if self.fresh is None or self.verdict.status != "diverged" or step is None:
             return (), ()
         return self.record.token_ids[step:], self.fresh.token_ids[step:]
 

@@ -109,6 +109,11 @@ class Request:
     tokenizer: str
     prompt: str | None = field(default=None, compare=False)
 
+    def limited_to(self, steps: int) -> Request:
+        """Return this request with so many new tokens at most."""
+        params = self.params.model_copy(update={"max_new_tokens": steps})
+        return Request(self.prompt_ids, params, self.model, self.tokenizer, self.prompt)
+
     @property
     def key(self) -> str:
         """Return the ``RequestKey``: SHA-256, in hexadecimal, of the canonical bytes."""

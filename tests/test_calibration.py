@@ -243,6 +243,17 @@ def test_company_is_measured_where_a_policy_promises_nothing(tmp_path: Path) -> 
         assert (alone.flips, alone.quantile(1.0)) == (0, 0.0)
 
 
+def test_of_several_numerics_those_with_steps_enough_are_calibrated(tmp_path: Path) -> None:
+    with client(tmp_path, policy="single", dtype="bfloat16") as asking:
+        many = asking.complete(SAMPLE[:20], max_new_tokens=16)
+    with client(tmp_path, policy="invariant") as asking:
+        few = asking.complete(["Hello", "No"], max_new_tokens=4)
+        (found,) = asking.calibrate([*few, *many, *many])
+        assert (found.recorded.dtype, found.prompts) == ("bfloat16", 20)
+        with pytest.raises(CalibrationError, match="steps are too few"):
+            asking.calibrate(few)
+
+
 def test_what_cannot_be_calibrated_by_is_named(calibrated: Path) -> None:
     with client(calibrated, policy="invariant") as asking:
         with pytest.raises(CalibrationError, match="no answer with a trace"):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import numerics, passed, record, trace, untraced, with_token
 
-from stablegen.guard import DEFAULT_ACCEPTED_RISK, compare, flip_probabilities, judge
+from stablegen.guard import DEFAULT_ACCEPTED_RISK, NEGLIGIBLE_RISK, compare, flip_probabilities, fragile_steps, judge
 from stablegen.record import Composition, Record, SelfCheck, Trace
 
 HERE = numerics()
@@ -217,3 +217,14 @@ def test_compare_a_longer_answer() -> None:
 def test_compare_without_a_trace(tokens: tuple[int, ...], status: str) -> None:
     verdict = compare(untraced(tokens), record(), check=passed(HERE))
     assert (verdict.status, verdict.basis) == (status, "verified")
+
+
+def test_the_rest_is_left_to_its_margins_only_where_it_is_negligible_together() -> None:
+    assert fragile_steps([0.5, 0.0, 0.0]) == (1, 0.0)
+    assert fragile_steps([0.0, 0.0]) == (0, 0.0)
+    assert fragile_steps([]) == (0, 0.0)
+    assert fragile_steps([0.0, 1.0])[0] == 2
+    # many small risks add up
+    count, rest = fragile_steps([NEGLIGIBLE_RISK / 10] * 30)
+    assert 19 <= count <= 21
+    assert 0.9 * NEGLIGIBLE_RISK < rest <= NEGLIGIBLE_RISK

@@ -16,6 +16,7 @@ from support import client, near_tie, request, small_directory, untraced, with_t
 from stablegen.engine.gpt2 import GPT2Engine
 from stablegen.engine.repair import regenerate
 from stablegen.errors import InvalidRequestError, NonFiniteScoresError, PromiseWarning, RecordNotFoundError
+from stablegen.guard import NEGLIGIBLE_RISK
 from stablegen.record import Completion, Record, Trace, Verification
 
 PROMPTS = [f"{opening} {subject}" for opening in ("What is", "Tell me about", "I never") for subject in ("music", "it")]
@@ -42,6 +43,7 @@ def same(one: Record, other: Record) -> bool:
 
 def assert_true(verified: Verification, truth: Record) -> None:
     """Hold a verification against a fresh generation."""
+    assert verified.fresh is not None
     assert same(verified.fresh, truth)
     mine, theirs = verified.record.token_ids, truth.token_ids
     steps = [step for step, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]]
@@ -170,6 +172,56 @@ def test_flagged_hits_are_settled_without_a_step_of_decoding(tmp_path: Path, mon
         assert len(later.warnings()) >= len(PROMPTS)
 
 
+@pytest.mark.parametrize("policy", ["single", "padded:3"])
+def test_where_prefill_is_not_decoding_the_fragile_steps_are_replayed(tmp_path: Path, policy: str) -> None:
+    with client(tmp_path, policy=policy, dtype="bfloat16") as asking:
+        asking.complete(PROMPTS, max_new_tokens=NEW)
+    with client(tmp_path, policy=policy) as later:
+        hits = list(later.store.records())
+        truth = later.verify(hits, from_scratch=True)
+        found = later.verify(hits)
+        assert list(later.store.records()) == hits
+    for verified, true in zip(found, truth, strict=True):
+        if verified.fresh is None:
+            assert true.verdict.status == "stable"
+            assert verified.verdict.status == "stable"
+            assert verified.verdict.reason.startswith("replayed up to step")
+            assert verified.verdict.probability is not None
+            assert verified.verdict.probability <= NEGLIGIBLE_RISK
+            assert verified.continuations == ((), ())
+        else:
+            assert true.fresh is not None
+            assert_true(verified, true.fresh)
+    assert {verified.verdict.status for verified in found} == {"stable", "diverged"}
+    assert any(verified.fresh is None for verified in found)
+
+
+def test_only_as_much_is_replayed_as_is_fragile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stablegen.engine.transformers import TransformersEngine
+
+    with client(tmp_path, policy="single") as asking:
+        (done,) = asking.complete(["Tell me about music"], max_new_tokens=NEW)
+        wide = near_tie(done.record, margin=1e-4, step=5)
+        cut_short = near_tie(cut(done.record, 10), margin=1e-4, step=5)
+        decoded: list[int] = []
+        generate = TransformersEngine.generate
+
+        def watched(engine: Any, batch: Any, observe: Any = None) -> Any:
+            decoded.extend(asked.params.max_new_tokens for _, asked in batch.requests)
+            return generate(engine, batch, observe)
+
+        monkeypatch.setattr(TransformersEngine, "generate", watched)
+        assert asking.verify(wide).fresh is None
+        assert decoded == [6]
+        # an answer that ends where none may is recomputed, and so is one that parts
+        assert asking.verify(cut_short).verdict.step == 10
+        assert decoded == [6, NEW]
+        assert asking.verify(with_token(wide, 2, 7)).verdict.step == 2
+        assert decoded == [6, NEW, 6, NEW]
+        assert asking.verify(wide, repair=True).fresh is not None
+        assert decoded == [6, NEW, 6, NEW, NEW]
+
+
 @pytest.mark.parametrize("policy", ["single", "native"])
 def test_other_policies_recompute(tmp_path: Path, truth: Record, policy: str) -> None:
     with client(tmp_path / "cache", policy=policy) as asking:
@@ -204,6 +256,15 @@ def test_what_cannot_be_verified_is_named(tmp_path: Path, truth: Record) -> None
         with pytest.raises(InvalidRequestError, match="made for 'tiny-gpt2'"):
             asking.verify(truth)
         assert asking.verify([]) == []
+
+
+def test_two_answers_to_one_request_are_told_apart(tmp_path: Path, truth: Record) -> None:
+    with client(tmp_path / "cache", policy="invariant") as asking:
+        first, second, third = asking.verify([with_token(truth, 4, 7), truth, with_token(truth, 9, 7)])
+    assert [found.verdict.step for found in (first, second, third)] == [4, None, 9]
+    assert second.verdict.status == "exact"
+    for found in (first, second, third):
+        assert_true(found, truth)
 
 
 def test_of_many_answers_each_is_verified_once_and_progress_is_told(tmp_path: Path) -> None:
