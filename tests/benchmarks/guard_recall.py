@@ -1,0 +1,149 @@
+"""Whether the guard is right: calibrated on one set of prompts, judged on another, against a bare margin threshold.
+
+Each prompt of the second set is answered alone under ``native``; its answer is judged, then recomputed in batches of
+each size. Kept: recall and flagged share at the default ``accepted_risk``, calibration error, Brier scores, and the
+precision-recall curves of the predicted probability and of the smallest margin.
+
+Run it with: python tests/benchmarks/guard_recall.py [--model DIR] [--dtype bfloat16] [--sizes 2,8,32] [--out FILE]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from stablegen import Client
+from stablegen.audit import Share, brier, calibration_error, reliability
+from stablegen.guard import DEFAULT_ACCEPTED_RISK
+from stablegen.prompts import SAMPLE
+
+_TEXT = """
+rain bread war gold tea night dogs ships kings letters horses silence friends winter school trains cats tears rivers
+stones birds trees fire wind clocks doors roads walls glass salt milk honey wool iron paper ink songs games dreams
+mirrors maps bells boats bridges towers gardens flowers grass snow ice sand dust smoke light shadows stars clouds
+fields hills caves islands castles markets kitchens cellars attics windows ladders wheels engines lamps candles
+"""
+WORDS = _TEXT.split()
+FRAMES = (
+    "Long ago {} was",
+    "Nobody knows about {}, but",
+    "Tell me: what about {}?\nanswer : ",
+    "My opinion of {} is",
+    "He said that {}",
+    "I have always loved {} because",
+    "There is no {} without",
+    "Please explain {}.\nanswer : ",
+    "First came {}, and then",
+    "The truth about {}",
+)
+Told = list[tuple[float, bool]]
+
+
+def curve(told: Told) -> list[dict[str, float]]:
+    """Return precision, recall and flagged share as the score above which is flagged falls; at most 200 points."""
+    total = sum(parted for _, parted in told)
+    points, found = [], 0
+    ordered = sorted(told, reverse=True)
+    for count, (score, parted) in enumerate(ordered, start=1):
+        found += parted
+        if count == len(ordered) or ordered[count][0] != score:
+            points.append(
+                {
+                    "at": score,
+                    "precision": round(found / count, 5),
+                    "recall": round(found / total, 5) if total else 0.0,
+                    "flagged": round(count / len(told), 5),
+                }
+            )
+    step = max(1, len(points) // 200)
+    return points[::step] + points[-1:]
+
+
+def flagged_at(told: Told, recall: float) -> float | None:
+    """Return the least share that must be flagged to catch so many of those that part."""
+    return next((point["flagged"] for point in curve(told) if point["recall"] >= recall), None)
+
+
+def best_threshold(told: Told) -> float:
+    """Return the Brier score of the best single threshold, which says 0 or 1 and is chosen on the very answers."""
+    ordered = sorted(told, reverse=True)
+    wrong = sum(parted for _, parted in ordered)  # nothing flagged
+    best = wrong
+    for count, (score, parted) in enumerate(ordered, start=1):
+        wrong += -1 if parted else 1
+        if count == len(ordered) or ordered[count][0] != score:
+            best = min(best, wrong)
+    return best / len(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sizes", default="2,8,32")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--calibrate", type=int, default=len(SAMPLE), help="prompts of the first set")
+    parser.add_argument("--judge", type=int, default=len(FRAMES) * len(WORDS), help="prompts of the second set")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    sizes = [int(size) for size in options.sizes.split(",")]
+    prompts = [frame.format(word) for word in WORDS for frame in FRAMES][: options.judge]
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Client.from_pretrained(
+            options.model, policy="native", dtype=options.dtype, device=options.device, cache_dir=folder
+        ) as client,
+    ):
+        first = [client.complete(prompt, max_new_tokens=options.tokens) for prompt in SAMPLE[: options.calibrate]]
+        second = [client.complete(prompt, max_new_tokens=options.tokens).record for prompt in prompts]
+        priors = [client.judge(record).probability or 0.0 for record in second]
+        (calibration,) = client.calibrate(first, sizes=sizes)
+        verdicts = [client.judge(record) for record in second]
+        parted: dict[int, list[bool]] = {}
+        for size in sizes:
+            parted[size] = []
+            for start in range(0, len(second), size):
+                found = client.verify(second[start : start + size], from_scratch=True)
+                parted[size] += [one.verdict.status == "diverged" for one in found]
+        numerics = client.numerics
+    truth = [one for size in sizes for one in parted[size]]
+    told = list(zip([verdict.probability or 0.0 for verdict in verdicts] * len(sizes), truth, strict=True))
+    before = list(zip(priors * len(sizes), truth, strict=True))
+    margins = [-min(record.trace.margins) for record in second if record.trace is not None]
+    bare = list(zip(margins * len(sizes), truth, strict=True))
+    caught = sum(one and probability > DEFAULT_ACCEPTED_RISK for probability, one in told)
+    flagged = sum(probability > DEFAULT_ACCEPTED_RISK for probability, _ in told)
+    report = {
+        "model": Path(options.model or "tiny-gpt2").name,
+        "numerics": numerics.model_dump(exclude_none=True),
+        "calibration": {"prompts": calibration.prompts, "steps": calibration.steps, "flips": calibration.flips},
+        "completions": len(truth),
+        "diverged": {size: sum(rows) for size, rows in parted.items()},
+        "accepted_risk": DEFAULT_ACCEPTED_RISK,
+        "recall": Share.over(caught, sum(truth)).model_dump(),
+        "precision": Share.over(caught, flagged).model_dump(),
+        "flagged": round(flagged / len(told), 5),
+        "calibration_error": round(calibration_error(reliability(told)), 5),
+        "calibration_error_of_the_prior": round(calibration_error(reliability(before)), 5),
+        "brier": round(brier(told), 5),
+        "brier_of_the_prior": round(brier(before), 5),
+        "brier_of_the_best_threshold": round(best_threshold(bare), 5),
+        "flagged_at_recall_0.995": {"probability": flagged_at(told, 0.995), "margin": flagged_at(bare, 0.995)},
+        "reliability": [one.model_dump() for one in reliability(told)],
+        "curve_of_the_probability": curve(told),
+        "curve_of_the_margin": curve(bare),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    shown = {name: value for name, value in report.items() if not name.startswith(("curve", "numerics", "reliability"))}
+    print(json.dumps(shown, indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
