@@ -280,7 +280,7 @@ class Client:
         self._identity = source.identity
         self._engine: Engine | None = None
         self._checks: dict[tuple[str, Shape], SelfCheck] = {}
-        self._calibrations: dict[str, Calibration | None] = {}
+        self._calibrations: dict[tuple[str, str], Calibration | None] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._asked = lru_cache(maxsize=65536)(self._ask)
@@ -441,7 +441,7 @@ class Client:
                     continue
                 name = _calibration_name(self._identity, recorded, self.numerics)
                 self.store.put_calibration(name, made)
-                self._calibrations[name] = made
+                self._calibrations[self._identity.canonical, recorded.digest] = made
                 found.append(made)
         if not found:
             raise failure
@@ -518,18 +518,22 @@ class Client:
 
     def judge(self, record: Record) -> Verdict:
         """Return the guard's verdict on a record under this client's numerics."""
-        check = None
+        check, calibration = None, None
         if record.numerics.digest == self.numerics.digest:  # of others no promise is asked
             check = self._check(record.request.model, record.composition.shape)
-        calibration = self.calibration(record)
+        if check is None or not check.passed or record.composition.slot:
+            calibration = self.calibration(record)
         return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk, calibration=calibration)
 
     def calibration(self, record: Record) -> Calibration | None:
         """Return what was measured of the noise between a record's numerics and this client's, with its model."""
-        name = _calibration_name(record.request.model, record.numerics, self.numerics)
-        if name not in self._calibrations:
-            self._calibrations[name] = self.store.get_calibration(name)
-        return self._calibrations[name]
+        pair = record.request.model.canonical, record.numerics.digest
+        try:
+            return self._calibrations[pair]
+        except KeyError:
+            name = _calibration_name(record.request.model, record.numerics, self.numerics)
+            found = self._calibrations[pair] = self.store.get_calibration(name)
+            return found
 
     def warnings(self) -> list[FlaggedHit]:
         """Return the hits that were flagged, oldest first."""
@@ -602,6 +606,7 @@ class Client:
             self._planned = self.numerics = planned
             self._engine = None
             self._checks.clear()
+            self._calibrations.clear()
 
     def _params(self, arguments: dict[str, Any]) -> GenerationParams:
         budget, ends = arguments.get("max_new_tokens"), self._source.eos_token_ids
@@ -785,6 +790,7 @@ class Client:
                 log.warning("numerics are not as planned: %s", self.numerics.differences(self._engine.numerics))
                 self.numerics = self._engine.numerics
                 self._checks.clear()
+                self._calibrations.clear()
                 return True
         return False
 
