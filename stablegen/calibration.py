@@ -1,4 +1,4 @@
-"""How far margins move between two numerics, as measured: the probability that a step flips.
+"""How far margins move between two numerics, as measured: the probability that a step flips. Pure; no I/O.
 
 Both numerics score the same tokens. A step's margin, that of the token chosen under the first numerics over its best
 rival, moves by some noise; the step flips where it moves below zero. Noise grows with the size of the scores: it is
@@ -16,16 +16,12 @@ import bisect
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import frexp, ldexp, log, sqrt
-from typing import TYPE_CHECKING
 
 from stablegen.errors import CalibrationError
 from stablegen.frozen import Frozen
 from stablegen.numerics import Numerics
 from stablegen.record import Trace
 from stablegen.request import ModelIdentity
-
-if TYPE_CHECKING:
-    from stablegen.client import Client, Progress
 
 VERSION = 1
 LEAST_STEPS = 200
@@ -235,22 +231,3 @@ def _power(scores: Sequence[float], noise: Sequence[float]) -> float:
         return 1.0
     slope = linregress([x for x, _ in points], [y for _, y in points]).slope
     return float(min(max(slope, 0.0), 1.0))
-
-
-def measure(
-    source: Client,
-    target: Client,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    progress: Progress | None = None,
-) -> list[Calibration]:
-    """Let ``source`` answer prompts, and ``target`` be calibrated by the answers; both have the same model.
-
-    A source that promises nothing answers one prompt after the other: what company does is the target's to show.
-    """
-    if source.policy.promises:
-        answers = source.complete(prompts, max_new_tokens=max_new_tokens)
-    else:
-        answers = [source.complete(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
-    return target.calibrate([answer.record for answer in answers], progress=progress)

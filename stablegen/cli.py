@@ -464,7 +464,6 @@ def calibrate(
     """Measure how far margins move between two numerics, for the guard to judge hits by."""
     import tempfile
 
-    from stablegen.calibration import measure
     from stablegen.prompts import SAMPLE
 
     asked = list(SAMPLE) if prompts is None else [_text(line) for line in _input(None, prompts)]
@@ -481,7 +480,7 @@ def calibrate(
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stablegen-")))
                 answering = _client(model, policy, dtype, device, app_name, folder, revision=revision)
                 stack.enter_context(answering)
-                found = measure(answering, scoring, asked, max_new_tokens=max_new_tokens, progress=progress)
+                found = scoring.calibrate_from(answering, asked, max_new_tokens=max_new_tokens, progress=progress)
     for one in found:
         if as_json:
             print(one.model_dump_json())

@@ -101,6 +101,12 @@ class _Work:
         """Remember the first failure; it is raised when all else is done."""
         self.failure = self.failure or error
 
+    def check(self, results: Mapping[str, Completion]) -> None:
+        """Raise the first failure, if any; it carries what is done."""
+        if self.failure is not None:
+            self.failure.completions = tuple(results.values())
+            raise self.failure
+
 
 class Client:
     """A cached generation client with a determinism guard.
@@ -382,9 +388,7 @@ class Client:
                 self._compute(work, results, progress)
             except StablegenError as error:
                 work.fail(error)
-        if work.failure is not None:
-            work.failure.completions = tuple(results.values())
-            raise work.failure
+        work.check(results)
         found = []
         for record in records:
             if record is hits[record.key] and record.key in settled:
@@ -417,7 +421,8 @@ class Client:
             self.check_mine(record.request)
             if record.trace:
                 groups.setdefault(record.numerics.digest, {})[record.key] = record
-        total, done = sum(map(len, groups.values())), 0
+        rounds = 1 if self.policy.promises else len(sizes)
+        total, done = rounds * sum(map(len, groups.values())), 0
         failure = CalibrationError("no answer with a trace to calibrate by", hint="Generate some first")
         if not groups:
             raise failure
@@ -431,7 +436,7 @@ class Client:
                     pairs.append((old.trace, trace))
                     done += 1
                     if progress is not None:
-                        progress(min(done, total), total)
+                        progress(done, total)
                 recorded = group[0].numerics
                 try:
                     made = fit(self._identity, recorded, self.numerics, pairs, prompts=len(group))
@@ -446,6 +451,28 @@ class Client:
         if not found:
             raise failure
         return found
+
+    def calibrate_from(
+        self, source: Client, prompts: Sequence[str], *, max_new_tokens: int, progress: Progress | None = None
+    ) -> list[Calibration]:
+        """Let ``source``, another client of the same model, answer prompts, and ``calibrate`` by its answers.
+
+        A source that promises nothing answers one prompt after the other: what company does is this client's to show.
+        """
+        total = 2 * len(prompts)
+
+        def report(count: int) -> None:
+            if progress is not None:
+                progress(count, total)
+
+        if source.policy.promises:
+            answers = source.complete(prompts, progress=lambda count, _: report(count), max_new_tokens=max_new_tokens)
+        else:
+            answers = []
+            for prompt in prompts:
+                answers.append(source.complete(prompt, max_new_tokens=max_new_tokens))
+                report(len(answers))
+        return self.calibrate(answers, progress=lambda count, of: report(len(prompts) * (of + count) // of))
 
     def _led_along(self, records: Sequence[Record], sizes: Sequence[int]) -> Iterator[tuple[Record, Trace]]:
         """Yield records, each with what this client's engine would have chosen at each of its steps."""
@@ -636,9 +663,7 @@ class Client:
                     self._compute(work, results, progress)
                 except StablegenError as error:
                     work.fail(error)
-        if work.failure is not None:
-            work.failure.completions = tuple(results.values())
-            raise work.failure
+        work.check(results)
         return [results[key] for key, _ in asked]
 
     def _look_up(self, asked: list[tuple[str, Request]], results: dict[str, Completion]) -> _Work:
@@ -674,14 +699,14 @@ class Client:
         total = len(results) + len(work.requests)
         report = None if progress is None else lambda count: progress(count, total)
         for requests, check in self._by_shape(work):
-            proved: list[Request] = []
+            missing = requests
             if work.proves and check.passed and isinstance(self._engine, ForcingEngine):
                 # one pass over an answer says what a fresh run gives
-                proved = [request for request in requests if request.key in work.hits]
-                answers = [(request, work.hits[request.key].token_ids) for request in proved]
+                there = [request for request in requests if request.key in work.hits]
+                answers = [(request, work.hits[request.key].token_ids) for request in there]
                 self._collect(regenerate(self._engine, answers), work, results, report, how=ONE_PASS)
-            rest = [request for request in requests if request not in proved]
-            for batch in self.policy.plan(rest, replace(self._engine.limits, slot_free=check.slot_free)):
+                missing = [request for request in requests if request.key not in work.hits]
+            for batch in self.policy.plan(missing, replace(self._engine.limits, slot_free=check.slot_free)):
                 self._collect(self._engine.generate(batch), work, results, report)
 
     def _by_shape(self, work: _Work) -> Iterator[tuple[list[Request], SelfCheck]]:

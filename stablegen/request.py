@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -111,8 +111,7 @@ class Request:
 
     def limited_to(self, steps: int) -> Request:
         """Return this request with so many new tokens at most."""
-        params = self.params.model_copy(update={"max_new_tokens": steps})
-        return Request(self.prompt_ids, params, self.model, self.tokenizer, self.prompt)
+        return replace(self, params=self.params.model_copy(update={"max_new_tokens": steps}))
 
     @property
     def key(self) -> str:

@@ -160,7 +160,7 @@ class WrongLength(FakeArm):
 
 
 FAKES = {arm.name: arm for arm in (FakeInvariant, FakeEager, Broken, TooLarge, WrongLength)}
-SUBJECT = Subject(None, "a model", "float32", CPU, 256, 50_000)
+SUBJECT = Subject(None, "float32", CPU, 256, 50_000)
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def subject() -> Subject:
 
     model = small_gpt2()
     model.generation_config = GenerationConfig(pad_token_id=0)
-    return Subject(model, "small", "float32", CPU, 256, 4096)
+    return Subject(model, "float32", CPU, 256, 4096)
 
 
 def test_transformers_runs_a_set_in_groups_of_like_length(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from support import request as make_request
 
 from stablegen import cli
 from stablegen.audit import brier, calibration_error, reliability
-from stablegen.calibration import VERSION, Calibration, fit, measure
+from stablegen.calibration import VERSION, Calibration, fit
 from stablegen.engine.base import FollowingEngine
 from stablegen.errors import CalibrationError, InvalidRequestError
 from stablegen.guard import judge
@@ -204,8 +204,10 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answering = client(folder / "other", policy="native", dtype="bfloat16")
     with answering, client(folder / "cache", policy="invariant") as scoring:
         told: list[tuple[int, int]] = []
-        (found,) = measure(answering, scoring, SAMPLE[:40], max_new_tokens=24, progress=lambda *done: told.append(done))
-    assert told[-1] == (40, 40)
+        (found,) = scoring.calibrate_from(
+            answering, SAMPLE[:40], max_new_tokens=24, progress=lambda *done: told.append(done)
+        )
+    assert told == [(count, 80) for count in range(1, 81)]
     assert (found.prompts, found.recorded.dtype, found.current.dtype) == (40, "bfloat16", "float32")
     assert found.flips > 0
     return folder / "cache"

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Observer = Callable[[int, "torch.Tensor"], None]
 """Sees each step of each request: its slot, and the full score row [V] in float32."""
-
-
 Follow = Mapping[int, Sequence[int]]
 """By slot, the token ids of an answer that decoding is led along."""
 

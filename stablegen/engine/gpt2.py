@@ -29,7 +29,7 @@ from stablegen.engine.scheduler import Piece, Row, Scheduler, Task
 from stablegen.engine.steps import Steps
 from stablegen.engine.weights import check_finite
 from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError
-from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, KernelSet, Linear, Norm, Rows
+from stablegen.kernels.base import LOG_WIDTH, PAGE, KernelSet, Linear, Norm, Rows
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 from stablegen.record import Composition, Trace
@@ -151,7 +151,7 @@ class GPT2:
             paired=self.kernels.paired and self.dtype == torch.float32,
         )
 
-    def forward(self, rows: Rows, cache: Cache, scores: torch.Tensor | None = None) -> None:
+    def forward(self, rows: Rows, cache: KVCache, scores: torch.Tensor | None = None) -> None:
         """Run packed tokens; choose, log and remember the tokens that follow those of ``rows.last``.
 
         ``scores`` [R, V] float32 receives the full score rows where it is given.
@@ -431,7 +431,7 @@ class _Run:
                 self._observe(row.slot, row_scores)
 
     def _packed(
-        self, pieces: Sequence[Piece], cache: Cache, tick: int, vocabulary: int | None = None
+        self, pieces: Sequence[Piece], cache: KVCache, tick: int, vocabulary: int | None = None
     ) -> torch.Tensor | None:
         """Run a pass in which some rows compute what they are given."""
         rows, chooses = pack(pieces, self._model.kernels.tile, tick, self._model.device)

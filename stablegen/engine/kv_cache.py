@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -29,18 +30,6 @@ class Lease:
     pages: list[int]
     shared: int
     prefixes: list[_Prefix] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Logged:
-    """A cache whose passes log elsewhere."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    table: torch.Tensor
-    newest: torch.Tensor
-    lengths: torch.Tensor
-    log: torch.Tensor
 
 
 class KVCache:
@@ -149,9 +138,11 @@ class KVCache:
             self._free.append(page)
         self._idle.clear()
 
-    def logging_to(self, log: torch.Tensor) -> Logged:
-        """Return this cache with another log in its place."""
-        return Logged(self.keys, self.values, self.table, self.newest, self.lengths, log)
+    def logging_to(self, log: torch.Tensor) -> KVCache:
+        """Return this very memory with another log, for one pass; pages are leased from this cache alone."""
+        view = copy(self)
+        view.log = log
+        return view
 
     def upload(self) -> None:
         """Bring the page table to the device, where it has changed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from stablegen.engine.base import ForcingEngine, Generated
 from stablegen.errors import NonFiniteScoresError
@@ -74,5 +75,5 @@ def still_right(request: Request, tokens: Sequence[int], forced: Trace) -> tuple
 
 def _continued(request: Request, trace: Trace) -> Request:
     """Return a request for what follows the steps of a trace."""
-    left = request.params.model_copy(update={"max_new_tokens": request.params.max_new_tokens - len(trace)})
-    return Request(request.prompt_ids + trace.tokens, left, request.model, request.tokenizer)
+    left = request.limited_to(request.params.max_new_tokens - len(trace))
+    return replace(left, prompt_ids=request.prompt_ids + trace.tokens, prompt=None)

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 FEW_SHARED, MANY_SHARED = 50, 75
 """Percent of a multiprocessor's fast memory that its programs share, the rest being L1 cache: where rows are few, and
 for products of many. A multiprocessor must run empty before it can divide its memory anew, so kernels overlap that ask
-for the same, where the driver would ask for what each of them needs. Both were measured on an H100."""
+for the same, where the driver would ask for what each of them needs. They suit an H100; no bit depends on them."""
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _told: set[int] = set()
 

@@ -38,7 +38,6 @@ class Subject:
     """
 
     model: Any
-    name: str
     dtype: str
     device: Device
     context: int

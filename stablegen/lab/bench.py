@@ -650,14 +650,14 @@ def load_subject(checkpoint: Checkpoint | None, device: Device, dtype: str) -> S
 
     if checkpoint is None:
         model = _random_model().to(device=device.name, dtype=getattr(torch, dtype))
-        name, context = RANDOM, _random_context()
+        context = _random_context()
     else:
         engine = load_engine(checkpoint, numerics_on(device, Native(), dtype), device.name)
         assert isinstance(engine, TransformersEngine)
-        model, name, context = engine.model, checkpoint.identity.name, checkpoint.context
+        model, context = engine.model, checkpoint.context
     # without an end token every answer has the length that was asked for
     model.generation_config = GenerationConfig(pad_token_id=0)
-    return Subject(model.eval(), name, dtype, device, context, int(model.config.vocab_size))
+    return Subject(model.eval(), dtype, device, context, int(model.config.vocab_size))
 
 
 def _random_context() -> int:
