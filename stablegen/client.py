@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -750,7 +750,7 @@ class Client:
 
     def _collect(
         self,
-        finishing: Iterator[Generated],
+        finishing: Generator[Generated, None, None],
         work: _Work,
         results: dict[str, Completion],
         report: Callable[[int], None] | None,
@@ -771,6 +771,7 @@ class Client:
         except (EngineError, DeviceError) as error:
             work.fail(error)
         finally:
+            finishing.close()  # an error that is kept keeps it alive
             self._keep(fresh, work, results, how)
 
     def _record(self, generated: Generated, work: _Work) -> Record:

@@ -280,6 +280,17 @@ def test_closing_early_gives_everything_back(pool: list[Request], taken: int) ->
     assert_as_alone(run(engine, pool), pool)
 
 
+def test_closing_early_waits_for_no_collector(pool: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine(max_rows=2)
+    held, inner = [], engine._run
+    monkeypatch.setattr(engine, "_run", lambda *given: held.append(inner(*given)) or held[-1])
+    iterator = engine.generate(Batch(tuple(pool)))
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+    assert_all_free(engine)
+    assert_as_alone(run(engine, pool), pool)
+
+
 def test_an_error_in_between_gives_everything_back(pool: list[Request]) -> None:
     engine, kernels = make_engine(max_rows=3)
     broken = engine.generate(Batch(tuple(pool)))

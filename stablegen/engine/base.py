@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -37,8 +37,8 @@ class Engine(Protocol):
     numerics: Numerics
     limits: Limits
 
-    def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
-        """Yield each request of the batch as it finishes.
+    def generate(self, batch: Batch, observe: Observer | None = None) -> Generator[Generated, None, None]:
+        """Yield each request of the batch as it finishes; closed early, drop the rest.
 
         Raises ``NonFiniteScoresError`` for a request whose scores became NaN or infinite, after all others of its
         batch were yielded; ``DeviceMemoryError`` where the batch does not fit.
@@ -50,7 +50,7 @@ class Engine(Protocol):
 class ForcingEngine(Engine, Protocol):
     """An engine in which computing an answer's tokens at once gives the scores of decoding them one by one."""
 
-    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Iterator[tuple[int, Trace]]:
+    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Generator[tuple[int, Trace], None, None]:
         """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
 
         Raises as ``generate`` does.
@@ -62,7 +62,7 @@ class ForcingEngine(Engine, Protocol):
 class FollowingEngine(Engine, Protocol):
     """An engine that can be led along given answers, one step after the other."""
 
-    def follow(self, batch: Batch, answers: Follow) -> Iterator[Generated]:
+    def follow(self, batch: Batch, answers: Follow) -> Generator[Generated, None, None]:
         """Yield the requests of a batch, each with what would have been chosen at each step of its answer.
 
         Raises as ``generate`` does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
@@ -137,7 +137,7 @@ def decode(
     best_two: Callable[[torch.Tensor], BestTwo],
     observe: Observer | None = None,
     follow: Follow | None = None,
-) -> Iterator[Generated]:
+) -> Generator[Generated, None, None]:
     """Yield each request of a batch as it finishes; a row that fails is reported when the others are done.
 
     ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass. ``follow`` as in ``Answers``.

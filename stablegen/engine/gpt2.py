@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -228,7 +229,7 @@ class GPT2Engine:
             if self._memory is not None:
                 self._memory[0].forget()
 
-    def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
+    def generate(self, batch: Batch, observe: Observer | None = None) -> Generator[Generated, None, None]:
         """Yield each request of the batch as it finishes.
 
         Where the device's memory does not suffice, fewer rows and shorter chunks run at once; no answer changes by it.
@@ -237,27 +238,29 @@ class GPT2Engine:
         """
         started = time.perf_counter()
         tasks = (Task(slot, request) for slot, request in batch.requests)
-        for row in self._run(tasks, observe):
-            assert row.finish_reason is not None
-            yield Generated(
-                row.request,
-                _trace(row.steps),
-                row.finish_reason,
-                Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
-                time.perf_counter() - started,
-            )
+        with closing(self._run(tasks, observe)) as rows:
+            for row in rows:
+                assert row.finish_reason is not None
+                yield Generated(
+                    row.request,
+                    _trace(row.steps),
+                    row.finish_reason,
+                    Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
+                    time.perf_counter() - started,
+                )
 
-    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Iterator[tuple[int, Trace]]:
+    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Generator[tuple[int, Trace], None, None]:
         """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
 
         An answer's tokens are computed with its prompt, all at once, and that gives the very scores that decoding them
         one by one would. So an answer whose tokens are chosen again is what a fresh run gives; of any other, the steps
         up to the first that differs are a fresh run's, and that one's token is how it goes on. Raises as ``generate``.
         """
-        for row in self._run(Task(place, *answer) for place, answer in enumerate(answers)):
-            yield row.slot, _trace(row.steps)
+        with closing(self._run(Task(place, *answer) for place, answer in enumerate(answers))) as rows:
+            for row in rows:
+                yield row.slot, _trace(row.steps)
 
-    def _run(self, tasks: Iterable[Task], observe: Observer | None = None) -> Iterator[Row]:
+    def _run(self, tasks: Iterable[Task], observe: Observer | None = None) -> Generator[Row, None, None]:
         """Yield the rows of tasks as they finish, one call at a time."""
         check_flags(self.numerics)
         with self._lock:

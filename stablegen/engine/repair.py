@@ -8,7 +8,8 @@ first step that differs, and decoding goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from stablegen.engine.base import ForcingEngine, Generated
@@ -21,7 +22,7 @@ Answer = tuple[Request, tuple[int, ...]]
 """A request, and the token ids of an answer to it."""
 
 
-def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Iterator[Generated]:
+def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Generated, None, None]:
     """Yield what a fresh run gives for each request, bit for bit; ``composition.slot`` is its place in ``answers``.
 
     Raises as ``Engine.generate`` does, after all others were yielded.
@@ -36,21 +37,23 @@ def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Iterator[Gen
     begun = {place: Trace(b"") for place, (_, tokens) in enumerate(answers) if not tokens}
     places = [place for place in range(len(answers)) if place not in begun]
     try:
-        for index, forced in engine.force([answers[place] for place in places]):
-            place = places[index]
-            trace, reason = still_right(*answers[place], forced)
-            if reason is None:
-                begun[place] = trace
-            else:
-                yield done(place, trace, reason)
+        with closing(engine.force([answers[place] for place in places])) as read:
+            for index, forced in read:
+                place = places[index]
+                trace, reason = still_right(*answers[place], forced)
+                if reason is None:
+                    begun[place] = trace
+                else:
+                    yield done(place, trace, reason)
     except NonFiniteScoresError as error:
         failure = error
     waiting = list(begun)
     try:
         batch = Batch(tuple(_continued(answers[place][0], begun[place]) for place in waiting))
-        for generated in engine.generate(batch):
-            place = waiting[generated.composition.slot]
-            yield done(place, begun[place] + generated.trace, generated.finish_reason)
+        with closing(engine.generate(batch)) as finishing:
+            for generated in finishing:
+                place = waiting[generated.composition.slot]
+                yield done(place, begun[place] + generated.trace, generated.finish_reason)
     except NonFiniteScoresError as error:
         failure = failure or error
     if failure is not None:

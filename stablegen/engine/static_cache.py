@@ -8,7 +8,7 @@ the log a few steps later, and what a row did beyond its end is dropped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -249,7 +249,7 @@ class StaticDecoding:
         mask: torch.Tensor,
         observe: Observer | None = None,
         follow: Follow | None = None,
-    ) -> Iterator[Generated]:
+    ) -> Generator[Generated, None, None]:
         """Yield each request of a batch, its prompts [S, W] padded on the left, a few steps after it finishes."""
         rows, width = ids.shape
         longest = max(request.params.max_new_tokens for _, request in batch.requests)

@@ -7,7 +7,7 @@ positions come from the mask. Where the numerics say so, the KV cache has a fixe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +45,20 @@ class TransformersEngine:
                 model, context=context, threads=numerics.threads, best_two=best_two, graphs=graphs
             )
 
-    def generate(self, batch: Batch, observe: Observer | None = None) -> Iterator[Generated]:
+    def generate(self, batch: Batch, observe: Observer | None = None) -> Generator[Generated, None, None]:
         """Yield each request of the batch as it finishes.
 
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``.
         """
         return self._decode(batch, observe, None)
 
-    def follow(self, batch: Batch, answers: Follow) -> Iterator[Generated]:
+    def follow(self, batch: Batch, answers: Follow) -> Generator[Generated, None, None]:
         """Yield the requests of a batch, each with what would have been chosen at each step of its answer."""
         return self._decode(batch, None, answers)
 
-    def _decode(self, batch: Batch, observe: Observer | None, follow: Follow | None) -> Iterator[Generated]:
+    def _decode(
+        self, batch: Batch, observe: Observer | None, follow: Follow | None
+    ) -> Generator[Generated, None, None]:
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         check_flags(self.numerics)

@@ -50,8 +50,6 @@ class Arm(ABC):
     name: ClassVar[str]
     label: ClassVar[str]
     about: ClassVar[str]
-    captures: ClassVar[bool] = False
-    """Whether it compiles or records what it runs, so that each size must be warmed up in full."""
     shares_model: ClassVar[bool] = True
     """Whether it runs the subject's model itself, and not weights of its own."""
 
@@ -90,7 +88,6 @@ class Arm(ABC):
 class _EngineArm(Arm):
     """One of stablegen's engines."""
 
-    captures = True
     _engine: Engine | None = None
     _device = "cpu"
 
@@ -260,7 +257,6 @@ class StaticArm(EagerArm):
     name = "static"
     label = "transformers static-compiled"
     about = "transformers' model.generate(cache_implementation='static'), which compiles itself"
-    captures = True
     shares_model = False
 
     def missing(self, device: Device) -> str | None:

@@ -45,8 +45,6 @@ GOLDEN_TOKENS = 64
 GOLDEN_LENGTHS = (5, 200)
 GOLDEN_RUNS = 3
 """Measured runs of the golden set; transformers, which takes longest, gets one."""
-GOLDEN_WARM_UP = 64
-"""Prompts of the golden set that warm up an arm which captures nothing."""
 COPIES = 10
 OUT_OF_MEMORY = "out of memory"
 
@@ -454,8 +452,8 @@ class Bench:
         lengths = [plan.prompt] * batch
         with self._lanes(names, batch, plan.prompt + plan.tokens) as lanes:
             for lane in lanes:
-                sizes = (plan.tokens, plan.short) if lane.arm.captures else (plan.short,)
-                for tokens in sizes:
+                # in full: libraries prepare a kernel for each length they meet, too
+                for tokens in (plan.tokens, plan.short):
                     prompts = self._prompts(lengths, f"decode {batch} warm {tokens}")
                     lane.attempt(lane.arm.run, prompts, tokens)
                 self.tick()
@@ -489,9 +487,7 @@ class Bench:
         lengths = golden_lengths(count, self.subject.context)
         with self._lanes(names, None, max(lengths) + GOLDEN_TOKENS) as lanes:
             for lane in lanes:
-                some = lengths if lane.arm.captures else lengths[:GOLDEN_WARM_UP]
-                prompts = self._prompts(some, "golden warm")
-                lane.attempt(lane.arm.run_set, prompts, GOLDEN_TOKENS)
+                lane.attempt(lane.arm.run_set, self._prompts(lengths, "golden warm"), GOLDEN_TOKENS)
                 self.tick()
             for repeat in range(GOLDEN_RUNS):
                 prompts = self._prompts(lengths, f"golden {repeat}")
