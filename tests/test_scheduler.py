@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,8 +53,12 @@ def step(scheduler: Scheduler, times: int = 1) -> list[tuple[int, int, int, bool
     return shape(pieces)
 
 
-def words(token: int, *, finite: bool = True) -> list[int]:
-    return [token, 0, 0, 0, 0, 0, int(finite), 0]
+def words(*tokens: int, finite: bool = True) -> np.ndarray:
+    return np.array([[token, 0, 0, 0, 0, 0, int(finite), 0] for token in tokens], dtype=np.int32)
+
+
+def tokens_of(row: Row) -> list[int]:
+    return [] if not row.logged else np.concatenate(row.logged)[:, 0].tolist()
 
 
 def assert_all_free(cache: KVCache) -> None:
@@ -171,7 +176,19 @@ def test_a_row_ends_by_its_budget() -> None:
     row.read(words(2))
     assert row.finished
     assert row.finish_reason == "length"
-    assert [entry[0] for entry in row.steps] == [1, 2]
+    assert tokens_of(row) == [1, 2]
+
+
+def test_a_row_reads_several_steps_at_once_and_no_further_than_its_end() -> None:
+    for notable in (True, False):
+        scheduler = make_scheduler(make_request(3, new=5, end=[END]), make_request(3, new=5, end=[END]))
+        scheduler.admit()
+        first, second = scheduler.running
+        assert not first.read(words(1, 2), notable)
+        assert first.read(words(3, 4, 5, 6), notable)
+        assert (tokens_of(first), first.steps, first.finish_reason) == ([1, 2, 3, 4, 5], 5, "length")
+    assert second.read(words(1, END, 2, 3))
+    assert (tokens_of(second), second.steps, second.finish_reason) == ([1, END], 2, "stop")
 
 
 def test_a_row_ends_at_its_end_token_which_it_keeps() -> None:
@@ -308,7 +325,7 @@ def test_all_slots_and_pages_are_free_after_any_run(
     if passes is None:
         assert sorted(row.slot for row in finished) == [*range(len(requests))]
     for row in finished:
-        ended = [entry[0] == END for entry in row.steps]
+        ended = [token == END for token in tokens_of(row)]
         if row.task.answer:
             assert len(ended) == len(row.task.answer)
             assert row.finish_reason == "length"

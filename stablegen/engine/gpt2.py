@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -243,7 +244,7 @@ class GPT2Engine:
                 assert row.finish_reason is not None
                 yield Generated(
                     row.request,
-                    _trace(row.steps),
+                    _trace(row),
                     row.finish_reason,
                     Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
                     time.perf_counter() - started,
@@ -258,7 +259,7 @@ class GPT2Engine:
         """
         with closing(self._run(Task(place, *answer) for place, answer in enumerate(answers))) as rows:
             for row in rows:
-                yield row.slot, _trace(row.steps)
+                yield row.slot, _trace(row)
 
     def _run(self, tasks: Iterable[Task], observe: Observer | None = None) -> Generator[Row, None, None]:
         """Yield the rows of tasks as they finish, one call at a time."""
@@ -298,7 +299,7 @@ class GPT2Engine:
                 for row in run:
                     del tasks[row.slot]
                     if row.failed:
-                        failed.append((row.request, len(row.steps) - 1))
+                        failed.append((row.request, row.steps - 1))
                     else:
                         yield row
             except torch.OutOfMemoryError as error:
@@ -353,20 +354,19 @@ class GPT2Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """A part of the log on its way to the host: ``words`` [passes, rows, LOG_WIDTH], and the rows of each pass."""
+    """A part of the log on its way to the host: ``words`` [passes, choices, LOG_WIDTH], and what chose in each pass."""
 
     words: torch.Tensor
-    rows: list[list[Row]]
+    chosen: list[list[Piece]]
     done: torch.cuda.Event | None
 
     def arrived(self) -> bool:
         return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
 
-    def wait(self) -> list[list[list[int]]]:
+    def wait(self) -> np.ndarray:
         if self.done is not None:
             self.done.synchronize()
-        words: list[list[list[int]]] = self.words.tolist()
-        return words
+        return self.words.numpy()
 
 
 class _Run:
@@ -382,7 +382,7 @@ class _Run:
         self._steps = steps
         self._observe = observe
         self._tick = 0
-        self._unread: list[list[Row]] = []
+        self._unread: list[list[Piece]] = []  # of each pass whose log was not sent for, what chose
         self._looks: deque[_Look] = deque()
         steps.forget()
 
@@ -411,9 +411,9 @@ class _Run:
         """Run the next pass, as often as it may repeat before the log is looked at."""
         self._cache.upload()
         pieces, times = self._scheduler.compose()
-        chosen = [piece.row for piece in pieces for _ in range(piece.choices)]
+        chosen = [piece for piece in pieces if piece.choices]
         vocabulary = None if self._observe is None else self._model.vocabulary
-        if len(chosen) > self._cache.slots:
+        if _width(chosen) > self._cache.slots:
             self._wide(pieces, chosen)
             self._scheduler.count(pieces, 1)
             return
@@ -422,7 +422,7 @@ class _Run:
             scores = self._packed(pieces, self._cache, self._tick, vocabulary)
         else:
             times = 1 if self._observe else min(times, READ_EVERY - len(self._unread))
-            slots = tuple(row.lease.slot for row in chosen)
+            slots = tuple(piece.row.lease.slot for piece in chosen)
             for i in range(times):
                 scores = self._steps.run(slots, self._tick + i, vocabulary)
         self._scheduler.count(pieces, times)
@@ -430,8 +430,9 @@ class _Run:
             self._unread += [chosen] * times
             self._tick += times
         if self._observe is not None and scores is not None:
-            for row, row_scores in zip(chosen, scores, strict=False):  # a bucket may hold more rows
-                self._observe(row.slot, row_scores)
+            slots = tuple(piece.row.slot for piece in chosen for _ in range(piece.choices))
+            for slot, row_scores in zip(slots, scores, strict=False):  # a bucket may hold more rows
+                self._observe(slot, row_scores)
 
     def _packed(
         self, pieces: Sequence[Piece], cache: KVCache, tick: int, vocabulary: int | None = None
@@ -445,10 +446,10 @@ class _Run:
         self._steps.forget()
         return scores
 
-    def _wide(self, pieces: Sequence[Piece], chosen: list[Row]) -> None:
+    def _wide(self, pieces: Sequence[Piece], chosen: list[Piece]) -> None:
         """Run a pass that chooses more tokens than the log has rows, with a log of its own."""
         self._look()  # what was chosen before is read before
-        log = torch.zeros(1, len(chosen), LOG_WIDTH, dtype=torch.int32, device=self._model.device)
+        log = torch.zeros(1, _width(chosen), LOG_WIDTH, dtype=torch.int32, device=self._model.device)
         self._packed(pieces, self._cache.logging_to(log), 0)
         self._send(log, [chosen])
 
@@ -457,7 +458,7 @@ class _Run:
         count = len(self._unread)
         if not count:
             return
-        width = max(map(len, self._unread))
+        width = max(map(_width, self._unread))
         first = (self._tick - count) % TICKS
         log = self._cache.log[:, :width]
         part = (
@@ -468,7 +469,7 @@ class _Run:
         self._send(part, self._unread)
         self._unread = []
 
-    def _send(self, part: torch.Tensor, rows: list[list[Row]]) -> None:
+    def _send(self, part: torch.Tensor, chosen: list[list[Piece]]) -> None:
         """Bring a part of a log to the host, when the device gets there."""
         done = None
         if part.is_cuda:
@@ -478,15 +479,33 @@ class _Run:
             done.record()
         else:
             words = part.clone()
-        self._looks.append(_Look(words, rows, done))
+        self._looks.append(_Look(words, chosen, done))
 
     def _settle(self, look: _Look) -> Iterator[Row]:
         """Give the rows what was logged of them; yield those that end by it."""
-        for rows, entries in zip(look.rows, look.wait(), strict=True):
-            for row, words in zip(rows, entries, strict=False):  # other passes were wider
-                if not row.finished and row.read(words):
+        words = look.wait()
+        first = 0
+        for _, repeated in groupby(look.chosen, key=id):
+            chosen, *again = repeated
+            logged = words[first : first + 1 + len(again), : _width(chosen)]  # other passes may be wider
+            first += len(logged)
+            ends = {token for piece in chosen for token in piece.row.ends}
+            notable = ((logged[..., 6] == 0) | np.isin(logged[..., 0], list(ends))).any()
+            place = 0
+            for piece in chosen:
+                row, own = (
+                    piece.row,
+                    logged[:, place : place + piece.choices],
+                )  # a pass that repeats has one choice a row
+                place += piece.choices
+                if not row.finished and row.read(own.reshape(-1, LOG_WIDTH), notable):
                     self._scheduler.drop(row)
                     yield row
+
+
+def _width(chosen: Sequence[Piece]) -> int:
+    """Return the entries of the log that a pass writes."""
+    return sum(piece.choices for piece in chosen)
 
 
 def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) -> tuple[Rows, int]:
@@ -530,9 +549,7 @@ def _tensors(owner: object) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _trace(steps: Sequence[Sequence[int]]) -> Trace:
-    words = np.array(steps, dtype=np.int32)
-    scores = words[:, 2:4].copy().view(np.float32)
-    hashes = words[:, 4:6].copy().view(np.uint64)[:, 0]
-    tokens, runner_ups = words[:, 0].tolist(), words[:, 1].tolist()
-    return Trace.of(tokens, runner_ups, scores[:, 0].tolist(), scores[:, 1].tolist(), hashes.tolist())
+def _trace(row: Row) -> Trace:
+    """Return what was logged of a row as its trace, whose columns are the log's."""
+    words = np.concatenate(row.logged)
+    return Trace(b"".join(words[:, column].tobytes() for column in (0, 1, 2, 3, slice(4, 6))))

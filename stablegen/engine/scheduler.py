@@ -8,8 +8,10 @@ advance, or when its end token is read, some passes later; what ran beyond it is
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from stablegen.engine.kv_cache import KVCache, Lease
 from stablegen.record import FinishReason
@@ -51,8 +53,10 @@ class Row:
     """Positions whose keys and values are scheduled."""
     scheduled: int = 0
     """Steps whose choice is scheduled."""
-    steps: list[Sequence[int]] = field(default_factory=list)
-    """The log's words of each step that was read."""
+    logged: list[np.ndarray] = field(default_factory=list)
+    """What was read of the log, in order: [N, LOG_WIDTH] each."""
+    steps: int = 0
+    """Steps that were read."""
     finish_reason: FinishReason | None = None
     failed: bool = False
     given: tuple[int, ...] = field(init=False)
@@ -75,17 +79,38 @@ class Row:
         """Return whether nothing more is to be read of it."""
         return self.failed or self.finish_reason is not None
 
-    def read(self, words: Sequence[int]) -> bool:
-        """Take one step's words from the log; return whether it was the last."""
-        self.steps.append(words)
-        task = self.task
-        if not words[6]:
-            self.failed = True
-        elif words[0] in task.request.params.eos_token_ids and not task.answer:
-            self.finish_reason = "stop"
-        elif len(self.steps) == task.budget:
-            self.finish_reason = "length"
-        return self.finished
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Return the token ids that end it."""
+        return () if self.task.answer else self.request.params.eos_token_ids
+
+    def read(self, words: np.ndarray, notable: bool = True) -> bool:
+        """Take the words [N, LOG_WIDTH] of its next steps from the log; return whether it ends with one of them.
+
+        ``notable``: whether any of them may tell of a failure or hold a token that ends an answer.
+        """
+        if not notable:
+            words = words[: self.task.budget - self.steps]
+            self._take(words)
+            if self.steps == self.task.budget:
+                self.finish_reason = "length"
+            return self.finished
+        for count, (token, *_, finite, _) in enumerate(words.tolist(), start=1):
+            if not finite:
+                self.failed = True
+            elif token in self.ends:
+                self.finish_reason = "stop"
+            elif self.steps + count == self.task.budget:
+                self.finish_reason = "length"
+            if self.finished:
+                self._take(words[:count])
+                return True
+        self._take(words)
+        return False
+
+    def _take(self, words: np.ndarray) -> None:
+        self.logged.append(words)
+        self.steps += len(words)
 
     @property
     def left(self) -> int:
