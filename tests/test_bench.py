@@ -220,11 +220,11 @@ def test_an_arm_that_fails_says_why_and_the_others_go_on(
 def test_prefill_is_a_call_of_one_token(fake: Callable[..., Any]) -> None:
     measured, ticks = fake()
     invariant, eager = measured.prefill(["invariant", "eager"])
-    assert (invariant.call.values, eager.call.median, invariant.step) == ((1.5,) * 3, 3.0, None)
+    assert (invariant.call.values, eager.call.median, invariant.step) == ((1.5,) * 12, 3.0, None)
     assert invariant.tokens_per_second == 10 / 1.5
-    assert len({prompts for name, _, prompts in LOG if name == "eager" and prompts}) == 4
+    assert len({prompts for name, _, prompts in LOG if name == "eager" and prompts}) == 13
     assert {tokens for _, tokens, _ in LOG} == {1, -1}
-    assert len(ticks) == 8
+    assert len(ticks) == 26
     assert fake(prefill="0")[0].prefill(["eager"]) == []
 
 

@@ -40,6 +40,8 @@ RANDOM = "gpt2-small, random weights"
 ONCE = ("single", "static")
 """Arms that are measured at batch 1 alone unless they are named: they would take long and say little more."""
 PREFILL_ARMS = ("invariant", "vendor", "eager")
+PREFILL_CALLS = 4
+"""Calls of a prefill in each repeat: they are short, and vary."""
 GOLDEN_ARMS = ("invariant", "eager")
 GOLDEN_TOKENS = 64
 GOLDEN_LENGTHS = (5, 200)
@@ -372,7 +374,7 @@ def measure(
 
 def _ticks(plan: Plan, arms: list[str]) -> int:
     decode = sum(1 for batch in plan.batches for arm in plan.at(batch) if arm in arms) * (plan.repeats + 1)
-    prefill = sum(arm in arms for arm in PREFILL_ARMS) * (plan.repeats + 1) if plan.prefill else 0
+    prefill = sum(arm in arms for arm in PREFILL_ARMS) * (plan.repeats * PREFILL_CALLS + 1) if plan.prefill else 0
     golden = sum(_golden_runs(arm) + 1 for arm in GOLDEN_ARMS if arm in arms) if plan.golden else 0
     return 1 + len(plan.dtypes) * (1 + decode + prefill + golden)
 
@@ -472,7 +474,7 @@ class Bench:
         rows, length = self.plan.prefill
         lengths = [length] * rows
         with self._lanes(names, rows, length + 1) as lanes:
-            for repeat in range(self.plan.repeats + 1):
+            for repeat in range(self.plan.repeats * PREFILL_CALLS + 1):
                 prompts = self._prompts(lengths, f"prefill {repeat}")
                 for lane in _rotated(lanes, repeat):
                     lane.attempt(self._time_prefill, lane, prompts, repeat > 0)
