@@ -2,9 +2,10 @@
 
 Each prompt of the second set is answered alone under ``native``; its answer is judged, then recomputed in batches of
 each size. Kept: recall and flagged share at the default ``accepted_risk``, calibration error, Brier scores, and the
-precision-recall curves of the predicted probability and of the smallest margin.
+precision-recall curves of the predicted probability and of the smallest margin. Answers come from several processes
+that share a cache: transformers waits for the CPU most of the time.
 
-Run it with: python tests/benchmarks/guard_recall.py [--model DIR] [--dtype bfloat16] [--sizes 2,8,32] [--out FILE]
+Run it with: python tests/benchmarks/guard_recall.py [--model DIR [--random]] [--dtype bfloat16] [--workers 8] [--out F]
 """
 
 import argparse
@@ -12,10 +13,16 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
-from stablegen import Client
+from subjects import native_client, random_gpt2_small
+
 from stablegen.audit import Share, brier, calibration_error, reliability
+from stablegen.client import Client
 from stablegen.guard import DEFAULT_ACCEPTED_RISK
 from stablegen.prompts import SAMPLE
 
@@ -78,40 +85,76 @@ def best_threshold(told: Told) -> float:
     return best / len(told)
 
 
+class Worker:
+    """What one process of the pool holds."""
+
+    client: Client
+
+    @classmethod
+    def start(cls, model: str | None, dtype: str, device: str, folder: str) -> None:
+        """Make the process's client."""
+        warnings.simplefilter("ignore")
+        cls.client = native_client(model, dtype, device, folder)
+
+
+def answer(prompts: list[str], tokens: int) -> int:
+    """Answer each prompt alone; the cache keeps it."""
+    return sum(len(Worker.client.complete(prompt, max_new_tokens=tokens).token_ids) for prompt in prompts)
+
+
+def parts(keys: list[str]) -> list[bool]:
+    """Return of each answer whether it comes out otherwise in a batch of them all."""
+    return [one.verdict.status == "diverged" for one in Worker.client.verify(keys, from_scratch=True)]
+
+
+def pieces(whole: list[str], size: int) -> Iterator[list[str]]:
+    """Yield a list in parts of a size."""
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
+    parser.add_argument("--random", action="store_true", help="GPT-2 small with random weights, and DIR's tokenizer")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", default="2,8,32")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--calibrate", type=int, default=len(SAMPLE), help="prompts of the first set")
     parser.add_argument("--judge", type=int, default=len(FRAMES) * len(WORDS), help="prompts of the second set")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.random and options.model is None:
+        parser.error("--random wants the directory of a GPT-2 for its tokenizer: --model DIR")
     warnings.simplefilter("ignore")
     sizes = [int(size) for size in options.sizes.split(",")]
     prompts = [frame.format(word) for word in WORDS for frame in FRAMES][: options.judge]
     started = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Client.from_pretrained(
-            options.model, policy="native", dtype=options.dtype, device=options.device, cache_dir=folder
-        ) as client,
-    ):
-        first = [client.complete(prompt, max_new_tokens=options.tokens) for prompt in SAMPLE[: options.calibrate]]
-        second = [client.complete(prompt, max_new_tokens=options.tokens).record for prompt in prompts]
-        priors = [client.judge(record).probability or 0.0 for record in second]
-        (calibration,) = client.calibrate(first, sizes=sizes)
-        verdicts = [client.judge(record) for record in second]
-        parted: dict[int, list[bool]] = {}
-        for size in sizes:
-            parted[size] = []
-            for start in range(0, len(second), size):
-                found = client.verify(second[start : start + size], from_scratch=True)
-                parted[size] += [one.verdict.status == "diverged" for one in found]
-        numerics = client.numerics
-    truth = [one for size in sizes for one in parted[size]]
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_gpt2_small(options.model, Path(folder)) if options.random else options.model
+        cache = f"{folder}/cache"
+        with (
+            native_client(model, options.dtype, options.device, cache) as client,
+            ProcessPoolExecutor(
+                options.workers,
+                mp_context=get_context("spawn"),
+                initializer=Worker.start,
+                initargs=(model, options.dtype, options.device, cache),
+            ) as pool,
+        ):
+            asked = [*SAMPLE[: options.calibrate], *prompts]
+            list(pool.map(answer, pieces(asked, 8), repeat(options.tokens)))
+            keys = [client.request(prompt, max_new_tokens=options.tokens).key for prompt in asked]
+            first, second = keys[: options.calibrate], [client.inspect(key) for key in keys[options.calibrate :]]
+            priors = [client.judge(record).probability or 0.0 for record in second]
+            (calibration,) = client.calibrate(first, sizes=sizes)
+            verdicts = [client.judge(record) for record in second]
+            batches = [batch for size in sizes for batch in pieces(keys[options.calibrate :], size)]
+            truth = [one for found in pool.map(parts, batches) for one in found]
+            numerics = client.numerics
+    parted = {size: truth[len(second) * at : len(second) * (at + 1)] for at, size in enumerate(sizes)}
     told = list(zip([verdict.probability or 0.0 for verdict in verdicts] * len(sizes), truth, strict=True))
     before = list(zip(priors * len(sizes), truth, strict=True))
     margins = [-min(record.trace.margins) for record in second if record.trace is not None]
@@ -119,7 +162,7 @@ def main() -> None:
     caught = sum(one and probability > DEFAULT_ACCEPTED_RISK for probability, one in told)
     flagged = sum(probability > DEFAULT_ACCEPTED_RISK for probability, _ in told)
     report = {
-        "model": Path(options.model or "tiny-gpt2").name,
+        "model": "gpt2-small, random weights" if options.random else Path(options.model or "tiny-gpt2").name,
         "numerics": numerics.model_dump(exclude_none=True),
         "calibration": {"prompts": calibration.prompts, "steps": calibration.steps, "flips": calibration.flips},
         "completions": len(truth),
