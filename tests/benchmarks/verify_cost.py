@@ -1,0 +1,94 @@
+"""What it costs to verify answers of ``invariant`` in one pass, against generating them anew with the same engine.
+
+Both arms take turns, after a warm-up of both, on answers of their own: neither finds what the other has computed.
+
+Run it with: python tests/benchmarks/verify_cost.py [--model DIR [--random]] [--dtypes bfloat16] [--batches 1,32]
+[--out FILE]
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from subjects import random_gpt2_small
+
+from stablegen.checkpoint import DigestMemory, open_checkpoint
+from stablegen.client import Client
+from stablegen.lab.bench import Spread
+
+PROMPT, NEW = 32, 128
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Return how long an action takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def measure(client: Client, vocabulary: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Return the times of verifying and of generating ``batch`` answers anew, in milliseconds, and their ratio."""
+    draw = random.Random(batch)
+    asked = [
+        client.make_request([draw.randrange(vocabulary) for _ in range(PROMPT)], {"max_new_tokens": NEW})
+        for _ in range(2 * batch * (repeats + 2))
+    ]
+    made = [done.record for done in client.run(asked)]
+    groups = [made[start : start + batch] for start in range(0, len(made), batch)]
+    proving, anew = [], []
+    for at in range(0, len(groups), 2):
+        proving.append(seconds(lambda group=groups[at]: client.verify(group)))
+        anew.append(seconds(lambda group=groups[at + 1]: client.verify(group, from_scratch=True)))
+    ratios = [one / other for one, other in zip(proving[2:], anew[2:], strict=True)]
+    return {
+        "verify_ms": Spread.of([1e3 * one for one in proving[2:]]).model_dump(exclude={"values"}),
+        "generate_ms": Spread.of([1e3 * one for one in anew[2:]]).model_dump(exclude={"values"}),
+        "ratio": round(statistics.median(ratios), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--random", action="store_true", help="GPT-2 small with random weights, and DIR's tokenizer")
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.random and options.model is None:
+        parser.error("--random wants the directory of a GPT-2 for its tokenizer: --model DIR")
+    report: dict[str, Any] = {
+        "model": "gpt2-small, random weights" if options.random else Path(options.model or "tiny-gpt2").name,
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_gpt2_small(options.model, Path(folder)) if options.random else options.model
+        vocabulary = open_checkpoint(model, None, DigestMemory(None)).vocabulary
+        for dtype in options.dtypes.split(","):
+            settings = {"policy": "invariant", "dtype": dtype, "device": options.device}
+            with Client.from_pretrained(model, cache_dir=f"{folder}/{dtype}", **settings) as client:
+                report[dtype] = {
+                    batch: measure(client, vocabulary, int(batch), options.repeats)
+                    for batch in options.batches.split(",")
+                }
+                report["numerics"] = client.numerics.model_dump(exclude_none=True)
+    print(json.dumps({name: value for name, value in report.items() if name != "numerics"}, indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
