@@ -10,6 +10,7 @@ Run it with: python tests/benchmarks/guard_recall.py [--model DIR [--random]] [-
 
 import argparse
 import json
+import random
 import tempfile
 import time
 import warnings
@@ -31,6 +32,8 @@ rain bread war gold tea night dogs ships kings letters horses silence friends wi
 stones birds trees fire wind clocks doors roads walls glass salt milk honey wool iron paper ink songs games dreams
 mirrors maps bells boats bridges towers gardens flowers grass snow ice sand dust smoke light shadows stars clouds
 fields hills caves islands castles markets kitchens cellars attics windows ladders wheels engines lamps candles
+soldiers farmers sailors doctors painters teachers judges bakers thieves lions wolves bears foxes owls bees apples
+cherries pepper coffee wine mountains deserts storms
 """
 WORDS = _TEXT.split()
 FRAMES = (
@@ -121,8 +124,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", default="2,8,32")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--calibrate", type=int, default=len(SAMPLE), help="prompts of the first set")
-    parser.add_argument("--judge", type=int, default=len(FRAMES) * len(WORDS), help="prompts of the second set")
+    parser.add_argument("--calibrate", type=int, default=200, help="prompts of the first set, beside the package's own")
+    parser.add_argument("--judge", type=int, default=700, help="prompts of the second set")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -130,7 +133,10 @@ def main() -> None:
         parser.error("--random wants the directory of a GPT-2 for its tokenizer: --model DIR")
     warnings.simplefilter("ignore")
     sizes = [int(size) for size in options.sizes.split(",")]
-    prompts = [frame.format(word) for word in WORDS for frame in FRAMES][: options.judge]
+    prompts = [frame.format(word) for word in WORDS for frame in FRAMES]
+    random.Random(0).shuffle(prompts)
+    calibrating = [*SAMPLE, *prompts[: options.calibrate]]
+    judging = prompts[options.calibrate :][: options.judge]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         model = random_gpt2_small(options.model, Path(folder)) if options.random else options.model
@@ -144,14 +150,15 @@ def main() -> None:
                 initargs=(model, options.dtype, options.device, cache),
             ) as pool,
         ):
-            asked = [*SAMPLE[: options.calibrate], *prompts]
+            asked = calibrating + judging
             list(pool.map(answer, pieces(asked, 8), repeat(options.tokens)))
             keys = [client.request(prompt, max_new_tokens=options.tokens).key for prompt in asked]
-            first, second = keys[: options.calibrate], [client.inspect(key) for key in keys[options.calibrate :]]
+            first, last = keys[: len(calibrating)], keys[len(calibrating) :]
+            second = [client.inspect(key) for key in last]
             priors = [client.judge(record).probability or 0.0 for record in second]
             (calibration,) = client.calibrate(first, sizes=sizes)
             verdicts = [client.judge(record) for record in second]
-            batches = [batch for size in sizes for batch in pieces(keys[options.calibrate :], size)]
+            batches = [batch for size in sizes for batch in pieces(last, size)]
             truth = [one for found in pool.map(parts, batches) for one in found]
             numerics = client.numerics
     parted = {size: truth[len(second) * at : len(second) * (at + 1)] for at, size in enumerate(sizes)}
