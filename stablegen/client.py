@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -431,12 +432,13 @@ class Client:
             self._start()
             for group in map(list, map(dict.values, groups.values())):
                 pairs = []
-                for old, trace in self._led_along(group, sizes):
-                    assert old.trace is not None
-                    pairs.append((old.trace, trace))
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
+                with closing(self._led_along(group, sizes)) as led:
+                    for old, trace in led:
+                        assert old.trace is not None
+                        pairs.append((old.trace, trace))
+                        done += 1
+                        if progress is not None:
+                            progress(done, total)
                 recorded = group[0].numerics
                 try:
                     made = fit(self._identity, recorded, self.numerics, pairs, prompts=len(group))
@@ -474,12 +476,15 @@ class Client:
                 report(len(answers))
         return self.calibrate(answers, progress=lambda count, of: report(len(prompts) * (of + count) // of))
 
-    def _led_along(self, records: Sequence[Record], sizes: Sequence[int]) -> Iterator[tuple[Record, Trace]]:
+    def _led_along(
+        self, records: Sequence[Record], sizes: Sequence[int]
+    ) -> Generator[tuple[Record, Trace], None, None]:
         """Yield records, each with what this client's engine would have chosen at each of its steps."""
         engine = self._engine
         if isinstance(engine, ForcingEngine):
-            for place, trace in engine.force([(record.request, record.token_ids) for record in records]):
-                yield records[place], trace
+            with closing(engine.force([(record.request, record.token_ids) for record in records])) as forced:
+                for place, trace in forced:
+                    yield records[place], trace
             return
         assert isinstance(engine, FollowingEngine)
         by_key = {record.key: record for record in records}
@@ -494,8 +499,9 @@ class Client:
             ]
         for batch in batches:
             along = {slot: by_key[request.key].token_ids for slot, request in batch.requests}
-            for generated in engine.follow(batch, along):
-                yield by_key[generated.request.key], generated.trace
+            with closing(engine.follow(batch, along)) as followed:
+                for generated in followed:
+                    yield by_key[generated.request.key], generated.trace
 
     def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
         """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.

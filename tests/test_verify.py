@@ -307,6 +307,19 @@ def test_answers_whose_scores_are_no_numbers_fail_after_the_others(truth: Record
     assert [(generated.composition.slot, generated.trace) for generated in found] == [(1, truth.trace)]
 
 
+def test_a_caller_who_fails_and_keeps_the_error_can_go_on(tmp_path: Path) -> None:
+    def fail(*_: int) -> None:
+        raise RuntimeError("no more")
+
+    with client(tmp_path, policy="invariant") as asking:
+        # of different lengths, so that some still run when the first is done
+        made = [asking.complete(f"Tell me {at}", max_new_tokens=2 + 9 * at) for at in range(3)]
+        with pytest.raises(RuntimeError, match="no more") as kept:
+            asking.verify(made, from_scratch=True, progress=fail)
+        assert len(asking.complete("And then", max_new_tokens=2).token_ids) == 2
+        assert kept.tb is not None
+
+
 def test_a_divergence_that_was_proved_is_kept_beside_the_judgement(tmp_path: Path, truth: Record) -> None:
     with client(tmp_path, policy="invariant") as asking:
         asking.store.put([near_tie(with_token(truth, 4, 7))])

@@ -9,31 +9,20 @@ Run it with: python tests/benchmarks/exactness.py [--model DIR [--random]] [--dt
 [--answers 3334] [--out FILE]
 """
 
-import argparse
-import json
 import random
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-from subjects import random_gpt2_small
+from subjects import client_of, parse, parser_of, subject_of, tell
 
 from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.client import Client
 from stablegen.record import Record, Trace
 
 NATIVE_AT_ONCE = 32
-
-
-def client_of(model: str | None, policy: str, dtype: str, device: str, cache_dir: str) -> Client:
-    """Return a client that warns of nothing."""
-    warnings.simplefilter("ignore")
-    return Client.from_pretrained(model, policy=policy, dtype=dtype, device=device, cache_dir=cache_dir)
 
 
 def requests_of(client: Client, vocabulary: int, count: int, seed: int) -> list[Any]:
@@ -100,21 +89,14 @@ def prove(client: Client, answers: Sequence[Record]) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--random", action="store_true", help="GPT-2 small with random weights, and DIR's tokenizer")
+    parser = parser_of(__doc__)
     parser.add_argument("--dtypes", default="float32,float16,bfloat16")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--answers", type=int, default=3334, help="answers of each dtype")
     parser.add_argument("--native", type=int, default=320, help="answers of native bfloat16 to be verified")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.random and options.model is None:
-        parser.error("--random wants the directory of a GPT-2 for its tokenizer: --model DIR")
+    options = parse(parser)
     report: dict[str, Any] = {"exact": {}, "one_pass": {}}
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_gpt2_small(options.model, Path(folder)) if options.random else options.model
+    with subject_of(options) as (model, folder):
         vocabulary = open_checkpoint(model, None, DigestMemory(None)).vocabulary
         with client_of(model, "native", "bfloat16", options.device, f"{folder}/native") as client:
             asked = requests_of(client, vocabulary, options.native, seed=7)
@@ -134,11 +116,8 @@ def main() -> None:
                 report["numerics"] = client.numerics.model_dump(exclude_none=True)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 report["exact"][dtype] = pool.submit(recompute, model, dtype, options.device, cache).result()
-    report["model"] = "gpt2-small, random weights" if options.random else Path(options.model or "tiny-gpt2").name
     report["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps({name: report[name] for name in ("model", "exact", "one_pass", "seconds")}, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    tell(report, options, shown=("exact", "one_pass", "seconds"))
 
 
 if __name__ == "__main__":

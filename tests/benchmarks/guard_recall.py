@@ -8,19 +8,15 @@ that share a cache: transformers waits for the CPU most of the time.
 Run it with: python tests/benchmarks/guard_recall.py [--model DIR [--random]] [--dtype bfloat16] [--workers 8] [--out F]
 """
 
-import argparse
-import json
 import random
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
-from pathlib import Path
 
-from subjects import native_client, random_gpt2_small
+from subjects import client_of, parse, parser_of, subject_of, tell
 
 from stablegen.audit import Share, brier, calibration_error, reliability
 from stablegen.client import Client
@@ -52,7 +48,7 @@ Told = list[tuple[float, bool]]
 
 
 def curve(told: Told) -> list[dict[str, float]]:
-    """Return precision, recall and flagged share as the score above which is flagged falls; at most 200 points."""
+    """Return precision, recall and flagged share as the score above which is flagged falls."""
     total = sum(parted for _, parted in told)
     points, found = [], 0
     ordered = sorted(told, reverse=True)
@@ -67,8 +63,13 @@ def curve(told: Told) -> list[dict[str, float]]:
                     "flagged": round(count / len(told), 5),
                 }
             )
+    return points
+
+
+def thinned(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Return 200 to 400 points of a curve, its last among them; all where they are fewer."""
     step = max(1, len(points) // 200)
-    return points[::step] + points[-1:]
+    return [*points[:-1:step], *points[-1:]]
 
 
 def flagged_at(told: Told, recall: float) -> float | None:
@@ -94,10 +95,10 @@ class Worker:
     client: Client
 
     @classmethod
-    def start(cls, model: str | None, dtype: str, device: str, folder: str) -> None:
+    def start(cls, *asked_of: str) -> None:
         """Make the process's client."""
         warnings.simplefilter("ignore")
-        cls.client = native_client(model, dtype, device, folder)
+        cls.client = client_of(*asked_of)
 
 
 def answer(prompts: list[str], tokens: int) -> int:
@@ -117,37 +118,29 @@ def pieces(whole: list[str], size: int) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model")
-    parser.add_argument("--random", action="store_true", help="GPT-2 small with random weights, and DIR's tokenizer")
+    parser = parser_of(__doc__)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", default="2,8,32")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--calibrate", type=int, default=200, help="prompts of the first set, beside the package's own")
     parser.add_argument("--judge", type=int, default=700, help="prompts of the second set")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.random and options.model is None:
-        parser.error("--random wants the directory of a GPT-2 for its tokenizer: --model DIR")
-    warnings.simplefilter("ignore")
+    options = parse(parser)
     sizes = [int(size) for size in options.sizes.split(",")]
     prompts = [frame.format(word) for word in WORDS for frame in FRAMES]
     random.Random(0).shuffle(prompts)
     calibrating = [*SAMPLE, *prompts[: options.calibrate]]
     judging = prompts[options.calibrate :][: options.judge]
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_gpt2_small(options.model, Path(folder)) if options.random else options.model
-        cache = f"{folder}/cache"
+    with subject_of(options) as (model, folder):
+        asked_of = (model, "native", options.dtype, options.device, f"{folder}/cache")
         with (
-            native_client(model, options.dtype, options.device, cache) as client,
+            client_of(*asked_of) as client,
             ProcessPoolExecutor(
                 options.workers,
                 mp_context=get_context("spawn"),
                 initializer=Worker.start,
-                initargs=(model, options.dtype, options.device, cache),
+                initargs=asked_of,
             ) as pool,
         ):
             asked = calibrating + judging
@@ -169,7 +162,6 @@ def main() -> None:
     caught = sum(one and probability > DEFAULT_ACCEPTED_RISK for probability, one in told)
     flagged = sum(probability > DEFAULT_ACCEPTED_RISK for probability, _ in told)
     report = {
-        "model": "gpt2-small, random weights" if options.random else Path(options.model or "tiny-gpt2").name,
         "numerics": numerics.model_dump(exclude_none=True),
         "calibration": {"prompts": calibration.prompts, "steps": calibration.steps, "flips": calibration.flips},
         "completions": len(truth),
@@ -185,14 +177,12 @@ def main() -> None:
         "brier_of_the_best_threshold": round(best_threshold(bare), 5),
         "flagged_at_recall_0.995": {"probability": flagged_at(told, 0.995), "margin": flagged_at(bare, 0.995)},
         "reliability": [one.model_dump() for one in reliability(told)],
-        "curve_of_the_probability": curve(told),
-        "curve_of_the_margin": curve(bare),
+        "curve_of_the_probability": thinned(curve(told)),
+        "curve_of_the_margin": thinned(curve(bare)),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    shown = {name: value for name, value in report.items() if not name.startswith(("curve", "numerics", "reliability"))}
-    print(json.dumps(shown, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    long = ("curve", "numerics", "reliability")
+    tell(report, options, shown=tuple(name for name in report if not name.startswith(long)))
 
 
 if __name__ == "__main__":

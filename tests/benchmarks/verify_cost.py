@@ -6,19 +6,13 @@ Run it with: python tests/benchmarks/verify_cost.py [--model DIR [--random]] [--
 [--out FILE]
 """
 
-import argparse
-import json
-import platform
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-from subjects import random_gpt2_small
+from subjects import client_of, parse, parser_of, subject_of, tell
 
 from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.client import Client
@@ -56,38 +50,23 @@ def measure(client: Client, vocabulary: int, batch: int, repeats: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--random", action="store_true", help="GPT-2 small with random weights, and DIR's tokenizer")
+    parser = parser_of(__doc__)
     parser.add_argument("--dtypes", default="bfloat16")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.random and options.model is None:
-        parser.error("--random wants the directory of a GPT-2 for its tokenizer: --model DIR")
-    report: dict[str, Any] = {
-        "model": "gpt2-small, random weights" if options.random else Path(options.model or "tiny-gpt2").name,
-        "prompt_tokens": PROMPT,
-        "new_tokens": NEW,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_gpt2_small(options.model, Path(folder)) if options.random else options.model
+    options = parse(parser)
+    dtypes = options.dtypes.split(",")
+    report: dict[str, Any] = {"prompt_tokens": PROMPT, "new_tokens": NEW}
+    with subject_of(options) as (model, folder):
         vocabulary = open_checkpoint(model, None, DigestMemory(None)).vocabulary
-        for dtype in options.dtypes.split(","):
-            settings = {"policy": "invariant", "dtype": dtype, "device": options.device}
-            with Client.from_pretrained(model, cache_dir=f"{folder}/{dtype}", **settings) as client:
+        for dtype in dtypes:
+            with client_of(model, "invariant", dtype, options.device, f"{folder}/{dtype}") as client:
                 report[dtype] = {
                     batch: measure(client, vocabulary, int(batch), options.repeats)
                     for batch in options.batches.split(",")
                 }
-                report["numerics"] = client.numerics.model_dump(exclude_none=True)
-    print(json.dumps({name: value for name, value in report.items() if name != "numerics"}, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                report["numerics"] = client.numerics.model_dump(exclude_none=True)  # torch's version and the GPU's name
+    tell(report, options, shown=("prompt_tokens", "new_tokens", *dtypes))
 
 
 if __name__ == "__main__":
