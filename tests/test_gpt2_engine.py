@@ -6,7 +6,8 @@ What it promises bit for bit is tested in test_invariance.py; here hashes of sco
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from invariance import make_ids, make_request
 
 import stablegen.engine.gpt2 as module
+import stablegen.engine.packed as packed_module
 from stablegen.engine.base import Generated
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.kv_cache import KVCache
@@ -125,7 +127,7 @@ def assert_as_alone(answers: dict[int, Generated], requests: Sequence[Request]) 
 
 
 def assert_all_free(engine: GPT2Engine) -> None:
-    kept, _ = engine._reserve()
+    kept = engine._reserve().cache
     assert sorted(kept._free_slots) == [*range(kept.slots)]
     assert kept._users == [0] * (kept.pages + 1)
     assert len(kept._free) + len(kept._idle) == kept.pages
@@ -173,6 +175,62 @@ def test_an_answer_does_not_depend_on_whose_pages_it_shares(pool: list[Request])
     for requests in (mixed, pool, mixed[::-1], [*pool[:3], *mixed[:3]]):
         assert_as_alone(run(engine, requests), requests)
         assert_all_free(engine)
+
+
+# --- recorded passes --------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """What replaying a graph does, by doing it."""
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.step = step
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.step()
+
+
+def let_record(engine: GPT2Engine) -> list[Replay]:
+    """Let a CPU's engine run as if its packed passes could be recorded; return what it records."""
+    made: list[Replay] = []
+
+    def record(step: Callable[[], Any]) -> tuple[Replay, None]:
+        made.append(Replay(step))
+        return made[-1], None
+
+    packed = engine._reserve().packed
+    recorder = packed._recorder = copy(packed._recorder)  # one-token passes stay as they are
+    recorder.wanted, recorder.record = True, record  # type: ignore[assignment]
+    return made
+
+
+def test_a_pass_filled_up_to_a_recorded_size_gives_the_same_bits(pool: list[Request]) -> None:
+    # some choose, some are in the middle of a prompt; beside them others decode
+    engine, _ = make_engine(max_rows=40, chunk=100)
+    recorded = let_record(engine)
+    for _ in range(3):
+        assert_as_alone(run(engine, pool), pool)
+        answers = [(request, alone(request).trace.tokens) for request in pool]
+        for place, trace in engine.force(answers):
+            assert trace == alone(pool[place]).trace
+        engine.forget()
+        assert_all_free(engine)
+    assert sum(graph.replays for graph in recorded) > 5
+    assert len({len(graph.step.args[0].last) for graph in recorded}) > 1  # type: ignore[attr-defined]
+
+
+def test_recorded_passes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "RECORDED_SIZES", 2)
+    engine, _ = make_engine()
+    recorded = let_record(engine)
+    for length in (20, 50, 90, 20, 20):
+        for seed in range(3):
+            request = make_request(prompt(seed + length, length), 2)
+            assert run(engine, [request])[0].trace == alone(request).trace
+    assert len(engine._reserve().packed._recorded) == 2
+    assert len(recorded) == 4, "the first was given up, and recorded anew"
 
 
 # --- continuous batching ----------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ import torch
 
 from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Generated, Observer
+from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.decode import check_flags, computing, cpu_threads, raise_failed
-from stablegen.engine.kv_cache import TICKS, KVCache, copy_in
+from stablegen.engine.kv_cache import TICKS, KVCache
+from stablegen.engine.packed import PackedPasses
 from stablegen.engine.scheduler import Piece, Row, Scheduler, Task
 from stablegen.engine.steps import Steps
 from stablegen.engine.weights import check_finite
@@ -178,7 +180,7 @@ class GPT2Engine:
     """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's.
 
     ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_size``: the
-    bound on keys and values. ``graphs``: whether one-token passes are recorded. None of them moves a bit.
+    bound on keys and values. ``graphs``: whether passes of few tokens are recorded. None of them moves a bit.
     """
 
     def __init__(
@@ -201,7 +203,7 @@ class GPT2Engine:
         self.graphs = graphs
         self._lock = threading.RLock()
         self._running = False
-        self._memory: tuple[KVCache, Steps] | None = None
+        self._memory: _Memory | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def order_after_last(self) -> None:
@@ -221,14 +223,14 @@ class GPT2Engine:
             for owner in part
             for tensor in _tensors(owner)
         }
-        cache, _ = self._reserve()
+        cache = self._reserve().cache
         return {"weights": sum(held.values()), "kv_cache": cache.bytes}
 
     def forget(self) -> None:
         """Let later requests share nothing that earlier ones computed, which moves no bit."""
         with self._lock:
             if self._memory is not None:
-                self._memory[0].forget()
+                self._memory.cache.forget()
 
     def generate(self, batch: Batch, observe: Observer | None = None) -> Generator[Generated, None, None]:
         """Yield each request of the batch as it finishes.
@@ -280,7 +282,8 @@ class GPT2Engine:
         asked = len(tasks)
         while tasks:
             lacking: torch.OutOfMemoryError | None = None
-            cache, steps = self._reserve()
+            memory = self._reserve()
+            cache = memory.cache
             choices = CHOICES[self.model.device.type]
             for task in tasks.values():
                 if not cache.fits(task.positions):
@@ -291,8 +294,7 @@ class GPT2Engine:
             run = _Run(
                 self,
                 Scheduler(tasks.values(), cache, chunk=self.chunk, choices=max(choices, self.max_rows)),
-                cache,
-                steps,
+                memory,
                 observe,
             )
             try:
@@ -312,12 +314,12 @@ class GPT2Engine:
             finally:
                 run.close()
             if lacking is not None:
-                del run, cache, steps
+                del run, cache, memory
                 self._shrink(lacking)
         raise_failed(failed)
 
-    def _reserve(self) -> tuple[KVCache, Steps]:
-        """Return the KV cache and the one-token passes over it; halve the rows until they fit."""
+    def _reserve(self) -> _Memory:
+        """Return the KV cache and the passes over it; halve the rows until they fit."""
         self.order_after_last()
         while self._memory is None:
             model = self.model
@@ -331,8 +333,10 @@ class GPT2Engine:
             try:
                 # made in a caller's inference mode, it could not be written to in any other
                 with torch.inference_mode(False):
-                    cache = model.new_cache(self.max_rows, pages)
-                    self._memory = cache, Steps(model, cache, rows=self.max_rows, graphs=self.graphs)
+                    cache, rows = model.new_cache(self.max_rows, pages), self.max_rows
+                    recorder = Recorder(model.device, wanted=self.graphs)
+                    steps = Steps(model, cache, recorder, rows=rows)
+                    self._memory = _Memory(cache, steps, PackedPasses(model, cache, recorder, rows=rows))
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
         return self._memory
@@ -350,6 +354,15 @@ class GPT2Engine:
         _log.warning("out of memory: going on with %d rows at once, %d tokens a pass", self.max_rows, self.chunk)
         self._memory = None
         torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What an engine allocates once: the KV cache, and the passes that work on it."""
+
+    cache: KVCache
+    steps: Steps
+    packed: PackedPasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,19 +385,18 @@ class _Look:
 class _Run:
     """One batch on its way through the engine."""
 
-    def __init__(
-        self, engine: GPT2Engine, scheduler: Scheduler, cache: KVCache, steps: Steps, observe: Observer | None
-    ) -> None:
+    def __init__(self, engine: GPT2Engine, scheduler: Scheduler, memory: _Memory, observe: Observer | None) -> None:
         self._engine = engine
         self._model = engine.model
         self._scheduler = scheduler
-        self._cache = cache
-        self._steps = steps
+        self._cache = memory.cache
+        self._steps = memory.steps
+        self._packed = memory.packed
         self._observe = observe
         self._tick = 0
         self._unread: list[list[Piece]] = []  # of each pass whose log was not sent for, what chose
         self._looks: deque[_Look] = deque()
-        steps.forget()
+        self._steps.forget()
 
     def __iter__(self) -> Iterator[Row]:
         """Yield rows as they are read to their end."""
@@ -419,7 +431,8 @@ class _Run:
             return
         if any(piece.start >= 0 for piece in pieces):
             times = 1
-            scores = self._packed(pieces, self._cache, self._tick, vocabulary)
+            scores = self._packed.run(pieces, self._tick, vocabulary=vocabulary)
+            self._steps.forget()
         else:
             times = 1 if self._observe else min(times, READ_EVERY - len(self._unread))
             slots = tuple(piece.row.lease.slot for piece in chosen)
@@ -434,23 +447,12 @@ class _Run:
             for slot, row_scores in zip(slots, scores, strict=False):  # a bucket may hold more rows
                 self._observe(slot, row_scores)
 
-    def _packed(
-        self, pieces: Sequence[Piece], cache: KVCache, tick: int, vocabulary: int | None = None
-    ) -> torch.Tensor | None:
-        """Run a pass in which some rows compute what they are given."""
-        rows, chooses = pack(pieces, self._model.kernels.tile, tick, self._model.device)
-        scores = None
-        if vocabulary is not None and chooses:
-            scores = torch.empty(chooses, vocabulary, dtype=torch.float32, device=self._model.device)
-        self._model.forward(rows, cache, scores)
-        self._steps.forget()
-        return scores
-
     def _wide(self, pieces: Sequence[Piece], chosen: list[Piece]) -> None:
         """Run a pass that chooses more tokens than the log has rows, with a log of its own."""
         self._look()  # what was chosen before is read before
         log = torch.zeros(1, _width(chosen), LOG_WIDTH, dtype=torch.int32, device=self._model.device)
-        self._packed(pieces, self._cache.logging_to(log), 0)
+        self._packed.run(pieces, 0, cache=self._cache.logging_to(log))
+        self._steps.forget()
         self._send(log, [chosen])
 
     def _look(self) -> None:
@@ -506,37 +508,6 @@ class _Run:
 def _width(chosen: Sequence[Piece]) -> int:
     """Return the entries of the log that a pass writes."""
     return sum(piece.choices for piece in chosen)
-
-
-def pack(pieces: Sequence[Piece], tile: int, tick: int, device: torch.device) -> tuple[Rows, int]:
-    """Return the tensors of a pass, sent to the device in one copy, and how many tokens it chooses."""
-    tokens: list[int] = []
-    slots: list[int] = []
-    positions: list[int] = []
-    first: list[int] = []
-    counts: list[int] = []
-    last: list[int] = []
-    spans = []
-    for piece in pieces:
-        begin = len(tokens)
-        if piece.start < 0:
-            tokens.append(-1)
-            positions.append(-1)
-            spans.append((begin, 1, piece.row.computed))
-        else:
-            tokens += piece.row.given[piece.start : piece.start + piece.count]
-            positions += range(piece.start, piece.start + piece.count)
-            spans.append((begin, piece.count, piece.start))
-        slots += [piece.row.lease.slot] * piece.count
-        for at in range(0, piece.count, tile):
-            first.append(begin + at)
-            counts.append(min(tile, piece.count - at))
-        last += range(begin + piece.count - piece.choices, begin + piece.count)
-    parts = [tokens, slots, positions, first, counts, last, [tick] * len(last)]
-    control = torch.empty(sum(map(len, parts)), dtype=torch.int32, device=device)
-    copy_in(torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts])), control)
-    ids, owners, places, begins, lengths, wanted, ticks = torch.split(control, [len(part) for part in parts])
-    return Rows(ids, owners, places, begins, lengths, wanted, ticks, tile, tuple(spans)), len(last)
 
 
 def _tensors(owner: object) -> Iterator[torch.Tensor]:

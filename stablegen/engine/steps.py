@@ -30,9 +30,9 @@ class Steps:
         self,
         model: GPT2,
         cache: KVCache,
+        recorder: Recorder,
         *,
         rows: int,
-        graphs: bool,
     ) -> None:
         device = model.device
         self._model = model
@@ -40,7 +40,7 @@ class Steps:
         self._device = device
         self._sizes = buckets(rows)
         self._spare = spare = cache.spare
-        self._recorder = Recorder(device, wanted=graphs)
+        self._recorder = recorder
         self._recorded: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         # written by the host when rows come or go: slots, log entries
         self._control = torch.full((2, rows), spare, dtype=torch.int32, device=device)

@@ -128,6 +128,13 @@ class KernelSet(Protocol):
         """Lay out one affine layer, ``weight`` [K, N] of any strides and ``bias`` [N], once, when it is loaded."""
         ...
 
+    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...] | None:
+        """Return what passes of one size have to have in common so that the graph of one can replay the other.
+
+        ``spans`` are a pass's (see ``Rows``). Nothing, ``()``, where the set does not look at them; None: none can.
+        """
+        ...
+
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:

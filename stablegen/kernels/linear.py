@@ -25,7 +25,8 @@ from stablegen.kernels.operand import EXPONENT, block_product, load_pair, lone_r
 
 BLOCK_K = 64
 """Elements of K in a block."""
-FEW_ROWS = 16
+FEW_ROWS = {False: 32, True: 16}
+"""Rows up to which each slice of a sum gets a program of its own: of 16-bit numbers, and of pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +192,14 @@ def qkv(
     return out
 
 
-def few(rows: int) -> bool:
+def few(layer: Linear, rows: int) -> bool:
     """Return whether so few rows are at work that each slice of a sum gets a program of its own."""
-    return rows <= FEW_ROWS
+    return rows <= FEW_ROWS[layer.paired]
 
 
 def _tile(layer: Linear, rows: int) -> Tile:
     """Return which outputs a program computes: a matter of speed alone."""
-    if few(rows):
+    if few(layer, rows):
         plan = linear_plan(layer.n, layer.k)
         # what a program holds ahead must fit into its registers, and there should be a program for each processor
         most = 1536 // (plan.slice_k // BLOCK_K * (4 if layer.paired else 2))
@@ -230,7 +231,7 @@ def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, Any]:
         "WIDEN": weight.dtype == torch.bfloat16 and not weight.is_cuda,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "shared": FEW_SHARED if tile.block_m <= FEW_ROWS else MANY_SHARED,
+        "shared": FEW_SHARED if tile.block_m <= 16 else MANY_SHARED,
     }
 
 

@@ -34,6 +34,10 @@ class ReferenceKernels:
         own = weight.to(torch.float32, copy=True)
         return Linear(own, None if bias is None else bias.to(torch.float32, copy=True), *weight.shape)
 
+    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+        """Return that passes of one size can replay each other."""
+        return ()
+
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:

@@ -20,6 +20,10 @@ class TritonKernels:
         """Lay a weight [K, N] out as [N, K]; float32 as pairs of float16."""
         return linear.prepare(weight, bias)
 
+    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+        """Return that passes of one size can replay each other."""
+        return ()
+
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, following: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
@@ -29,7 +33,7 @@ class TritonKernels:
     def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return queries, their keys and values in the cache; of few newest tokens, summands of all three."""
         first = index == 0
-        if rows.tile == 1 and linear.few(len(rows.tokens)):
+        if rows.tile == 1 and linear.few(layer, len(rows.tokens)):
             return linear.partial(x, layer, first=first)
         return linear.qkv(x, layer, cache.keys[index], cache.values[index], placed.places, first=first)
 
@@ -59,7 +63,7 @@ class TritonKernels:
 
     def gelu(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         """Return ``gelu_new(x @ weight + bias)`` [T, N]; of few tokens, summands of what gelu_new is taken of."""
-        return linear.partial(x, layer) if linear.few(x.shape[-2]) else linear.gelu(x, layer)
+        return linear.partial(x, layer) if linear.few(layer, x.shape[-2]) else linear.gelu(x, layer)
 
     def choose(
         self, x: torch.Tensor, layer: Linear, rows: Rows, placed: Placed, cache: Cache, into: torch.Tensor | None

@@ -32,6 +32,10 @@ class VendorKernels:
         """Keep the weight as it is."""
         return Linear(weight, bias, *weight.shape)
 
+    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...] | None:
+        """Return the spans of whole prompts of one length; what is taken slot by slot cannot be recorded."""
+        return spans if _even(spans) else None
+
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
@@ -76,10 +80,9 @@ class VendorKernels:
                 q, keys[:count], values[:count], attn_mask=seen[:, None, None], scale=scale
             )
             return out.reshape(count, heads * size)
-        lengths = {length for _, length, _ in rows.spans}
         slots = placed.slots.long()
-        if len(lengths) == 1 and all(position == 0 for *_, position in rows.spans):
-            length = lengths.pop()
+        if _even(rows.spans):
+            length = rows.spans[0][1]
             starts = slots[::length]
             k, v = (kept[starts, :, :length] for kept in (keys, values))
             q = query.view(len(starts), length, heads, size).transpose(1, 2)
@@ -129,3 +132,8 @@ class VendorKernels:
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+
+
+def _even(spans: tuple[tuple[int, int, int], ...]) -> bool:
+    """Return whether spans are prompts of one length from their beginnings."""
+    return len({length for _, length, _ in spans}) == 1 and all(position == 0 for *_, position in spans)

@@ -262,10 +262,38 @@ def test_a_graph_moves_no_bit(compare: Begin, name: str, dtype: str, caplog: pyt
                     comparison.add_hashes(where, expected[slot].trace.score_hash, trace.score_hash)
     assert not [heard for heard in caplog.records if heard.name.startswith("stablegen")]
     assert recorded._memory is not None and launched._memory is not None
-    graphs = recorded._memory[1]._recorded
+    graphs = recorded._memory.steps._recorded
     assert set(graphs) == {(bucket, observed) for bucket in buckets.values() for observed in (True, False)}
-    assert len({graph.pool() for graph, _ in graphs.values()}) == 1
-    assert not launched._memory[1]._recorded
+    packed = recorded._memory.packed._recorded
+    pools = {graph.pool() for graph, _ in graphs.values()} | {one.graph.pool() for one in packed.values()}
+    assert len(pools) == 1
+    assert not launched._memory.steps._recorded and not launched._memory.packed._recorded
+    comparison.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_recorded_packed_pass_moves_no_bit(compare: Begin, name: str, dtype: str) -> None:
+    recorded, launched = invariant(name, dtype), invariant(name, dtype, graphs=False)
+    comparison = compare("packed graph against launch", name, recorded)
+    for size in (1, 2, 5, 9):  # prompts of one length mix: what fills a size up differs from pass to pass
+        requests = [make_request(make_ids(i, 40 + 3 * i, VOCABULARY), 12) for i in range(size)]
+        batch = Batch(tuple(requests))
+        expected = run(launched, batch)
+        answers = [(request, expected[slot].trace.tokens) for slot, request in enumerate(requests)]
+        for again in range(4):
+            for engine in (launched, recorded):
+                engine.forget()
+            observed = again % 2 == 0
+            if observed:
+                for slot, answer in run(recorded, batch).items():
+                    comparison.add(f"{size} prompts, {again}", expected[slot].scores, answer.scores)
+            for slot, trace in traces(recorded, batch).items():
+                comparison.add_hashes(f"{size} prompts, {again}", expected[slot].trace.score_hash, trace.score_hash)
+            for place, trace in recorded.force(answers):
+                comparison.add_hashes(f"{size} answers, {again}", expected[place].trace.score_hash, trace.score_hash)
+    assert recorded._memory is not None
+    choices = {(key.size[2], key.vocabulary is not None) for key in recorded._memory.packed._recorded}
+    assert choices >= {(1, True), (1, False), (2, True), (2, False), (8, False), (16, False)}, choices
     comparison.assert_equal()
 
 
