@@ -208,10 +208,14 @@ def _tile(layer: Linear, rows: int) -> Tile:
     if layer.paired:
         if rows <= 64:
             return Tile(32, 64, 4, 3, split_programs=True)
-        return Tile(64, 32, 2, 3, split_programs=True) if rows <= 512 else Tile(32, 128, 4, 3)
+        if rows > 512:
+            return Tile(32, 128, 4, 3)
+        return Tile(32, 64, 4, 3) if layer.n >= 2048 else Tile(64, 32, 2, 3, split_programs=True)
     if rows <= 64:
         return Tile(32, 32, 4, 4) if layer.n >= 2048 else Tile(64, 32, 2, 4, split_programs=True)
-    return Tile(64, 32, 2, 3, split_programs=True) if rows <= 512 else Tile(64, 64, 2, 3)
+    if rows > 512:
+        return Tile(64, 64, 2, 3)
+    return Tile(32, 128, 4, 3) if layer.n >= 2048 else Tile(64, 32, 2, 3, split_programs=True)
 
 
 def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _tile(layer: Linear, rows: int) -> Tile:
         return Tile(16, 32, 2, 4) if layer.paired else Tile(16, 64, 4, 3)
     if layer.paired:
         return Tile(64, 32, 2, 4) if rows <= 64 else Tile(32, 128, 4, 3)
-    return Tile(64, 64, 2, 3) if rows <= 64 else Tile(64, 128, 2, 3)
+    return Tile(64, 64, 2, 3) if rows <= 256 else Tile(64, 128, 2, 3)
 
 
 @triton.jit(do_not_specialize=["M", "scores"])  # type: ignore[untyped-decorator]  # triton has no stubs
