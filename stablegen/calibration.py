@@ -4,9 +4,10 @@ Both numerics score the same tokens. A step's margin, that of the token chosen u
 rival, moves by some noise; the step flips where it moves below zero. Noise grows with the size of the scores: it is
 counted in units of ``2 ** (power * exponent of the best score)``, ``power`` being what the measured noise shows.
 
-Within the data the probability that noise exceeds a margin is the share of measured noise that did. Beyond, it is a
-generalised Pareto tail fitted to the largest tenth, its shape taken one standard error too heavy, so that what was
-never seen is called likelier than it may be. Margins of exactly zero are a class of their own: what the scores' own
+Within the data the probability that noise exceeds a margin is the share of measured noise that did: among the steps
+whose own margins come nearest to it, for where margins are narrow scores may move less than elsewhere, beside a few
+steps' worth of what all steps show. Beyond, it is a generalised Pareto tail fitted to the largest tenth of all, its
+shape taken one standard error too heavy, so that what was never seen is called likelier than it may be. Margins of exactly zero are a class of their own: what the scores' own
 rounding made equal flips as often as it was seen to.
 """
 
@@ -23,11 +24,15 @@ from stablegen.numerics import Numerics
 from stablegen.record import Trace
 from stablegen.request import ModelIdentity
 
-VERSION = 1
+VERSION = 2
 LEAST_STEPS = 200
 """Steps below which nothing is fitted."""
 KNOTS = 512
 """Sizes of noise at most whose share is kept."""
+NEAR_STEPS, NEAR_SHARE = 300, 0.01
+"""Steps, and the share of all steps, that tell of one margin: the larger of the two."""
+PRIOR_STEPS = 20
+"""Steps for which the noise of all steps counts beside those."""
 TAIL = 0.1
 """The largest noise, as a share, to which the tail is fitted."""
 NEGLIGIBLE = 1e-7
@@ -39,7 +44,8 @@ class Calibration(Frozen):
     """The noise between two numerics of one model, measured over ``steps`` steps of ``prompts`` prompts.
 
     ``sizes``: noise without its sign, in units, ascending; ``above`` and ``from_on``: the shares of all steps whose
-    noise was larger, and at least as large. ``grid``: whether noise has few values, as scores rounded to 16 bits do.
+    noise was larger, and at least as large; ``near_above`` and ``near_from_on``: the same of steps whose margins are
+    about that size. ``grid``: whether noise has few values, as scores rounded to 16 bits do.
     ``tail_from`` (units), ``tail_share``, ``tail_shape``, ``tail_scale``: the Pareto tail. ``ties`` and ``tie_flips``:
     steps of margin zero, and how many flipped; ``flips``: all that did.
     """
@@ -58,6 +64,8 @@ class Calibration(Frozen):
     sizes: tuple[float, ...]
     above: tuple[float, ...]
     from_on: tuple[float, ...]
+    near_above: tuple[float, ...]
+    near_from_on: tuple[float, ...]
     tail_from: float
     tail_share: float
     tail_shape: float
@@ -100,13 +108,13 @@ class Calibration(Frozen):
         """
         # noise of either sign is as likely
         tied = (self.tie_flips + 0.5) / (self.ties + 1.0)
-        sizes, above = self.sizes, [0.5 * share for share in self.above]
-        from_on = [0.5 * share for share in self.from_on] if self.grid else above
-        start, share = self.tail_from, 0.5 * self.tail_share
+        sizes, above = self.sizes, [0.5 * share for share in self.near_above]
+        from_on = [0.5 * share for share in self.near_from_on] if self.grid else above
+        start, share, largest = self.tail_from, 0.5 * self.tail_share, self.sizes[-1]
         rate, power = self.tail_shape / self.tail_scale, -1.0 / self.tail_shape
 
         def flip(size: float, rival_is_earlier: bool) -> float:
-            if size > start:
+            if size > largest:
                 return float(share * (1.0 + rate * (size - start)) ** power)
             if size <= 0.0:
                 return tied
@@ -188,6 +196,11 @@ def fit(
     else:  # hardly anything moved: what never moved might, by as much as the least unit seen
         shape, scale = 0.5, max(sizes[-1], min((size for size in sizes if size > 0.0), default=1e-6))
     share = max(len(excesses), 1) / len(sizes)
+    beyond = [float(share * (1.0 + shape * (knot - start) / scale) ** (-1.0 / shape)) for knot in knots if knot > start]
+    inside = len(knots) - len(beyond)
+    units = [unit(score, power) for _, score, _, _ in seen]
+    steps = sorted((margin / one, abs(size) / one) for (margin, _, size, _), one in zip(seen, units, strict=True))
+    near_above, near_from_on = _near(steps, knots, above[:inside] + beyond, from_on[:inside] + beyond)
     ties = [flipped for margin, _, _, flipped in seen if margin == 0.0]
     return Calibration(
         model=model,
@@ -203,6 +216,8 @@ def fit(
         sizes=tuple(knots),
         above=tuple(above),
         from_on=tuple(from_on),
+        near_above=near_above,
+        near_from_on=near_from_on,
         tail_from=start,
         tail_share=share,
         tail_shape=float(shape),
@@ -217,6 +232,30 @@ def _knots(sizes: Sequence[float]) -> list[float]:
         return distinct
     last = len(sizes) - 1
     return sorted({sizes[round(last * i / (KNOTS - 1))] for i in range(KNOTS)})
+
+
+def _near(
+    steps: Sequence[tuple[float, float]], knots: Sequence[float], above: Sequence[float], from_on: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return ``above`` and ``from_on``, the shares of all noise beyond each knot, drawn to those of the nearest steps.
+
+    ``steps``: margin and noise of each, by margin. Neither result ever grows from one knot to the next.
+    """
+    found = []
+    margins = [margin for margin, _ in steps]
+    first = bisect.bisect_right(margins, 0.0)  # ties are a class of their own
+    count = min(max(NEAR_STEPS, int(NEAR_SHARE * len(steps))), len(steps) - first)
+    for knot, whole_above, whole_from_on in zip(knots, above, from_on, strict=True):
+        begin = bisect.bisect_left(margins, knot) - count // 2
+        begin = max(first, min(begin, len(steps) - count))
+        near = [size for _, size in steps[begin : begin + count]]
+        larger = sum(size > knot for size in near) + PRIOR_STEPS * whole_above
+        least = sum(size >= knot for size in near) + PRIOR_STEPS * whole_from_on
+        found.append((larger / (count + PRIOR_STEPS), least / (count + PRIOR_STEPS)))
+    larger, least = above[-1], from_on[-1]  # where the tail goes on
+    for at in range(len(found) - 1, -1, -1):
+        larger, least = found[at] = (max(found[at][0], larger), max(found[at][1], least))
+    return tuple(one for one, _ in found), tuple(one for _, one in found)
 
 
 def _power(scores: Sequence[float], noise: Sequence[float]) -> float:
