@@ -7,8 +7,8 @@ counted in units of ``2 ** (power * exponent of the best score)``, ``power`` bei
 Within the data the probability that noise exceeds a margin is the share of measured noise that did: among the steps
 whose own margins come nearest to it, for where margins are narrow scores may move less than elsewhere, beside a few
 steps' worth of what all steps show. Beyond, it is a generalised Pareto tail fitted to the largest tenth of all, its
-shape taken one standard error too heavy, so that what was never seen is called likelier than it may be. Margins of exactly zero are a class of their own: what the scores' own
-rounding made equal flips as often as it was seen to.
+shape taken one standard error too heavy, so that what was never seen is called likelier than it may be. Margins of
+exactly zero are a class of their own: what the scores' own rounding made equal flips as often as it was seen to.
 """
 
 from __future__ import annotations
