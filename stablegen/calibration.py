@@ -110,12 +110,11 @@ class Calibration(Frozen):
         tied = (self.tie_flips + 0.5) / (self.ties + 1.0)
         sizes, above = self.sizes, [0.5 * share for share in self.near_above]
         from_on = [0.5 * share for share in self.near_from_on] if self.grid else above
-        start, share, largest = self.tail_from, 0.5 * self.tail_share, self.sizes[-1]
-        rate, power = self.tail_shape / self.tail_scale, -1.0 / self.tail_shape
+        largest, tail = self.sizes[-1], (self.tail_from, 0.5 * self.tail_share, self.tail_shape, self.tail_scale)
 
         def flip(size: float, rival_is_earlier: bool) -> float:
             if size > largest:
-                return float(share * (1.0 + rate * (size - start)) ** power)
+                return _beyond(size, *tail)
             if size <= 0.0:
                 return tied
             at = bisect.bisect_left(sizes, size)
@@ -128,7 +127,7 @@ class Calibration(Frozen):
             part = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
             return above[at - 1] + part * (above[at] - above[at - 1])
 
-        reach = max(start, self.tail_scale)
+        reach = max(self.tail_from, self.tail_scale)
         while reach < _FAR and flip(reach, False) > NEGLIGIBLE:
             reach *= 1.1
         exponents = [*range(130), *range(-150, 0)]  # all that a float32 has, the negative ones counted from the end
@@ -196,7 +195,7 @@ def fit(
     else:  # hardly anything moved: what never moved might, by as much as the least unit seen
         shape, scale = 0.5, max(sizes[-1], min((size for size in sizes if size > 0.0), default=1e-6))
     share = max(len(excesses), 1) / len(sizes)
-    beyond = [float(share * (1.0 + shape * (knot - start) / scale) ** (-1.0 / shape)) for knot in knots if knot > start]
+    beyond = [_beyond(knot, start, share, shape, scale) for knot in knots if knot > start]
     inside = len(knots) - len(beyond)
     units = [unit(score, power) for _, score, _, _ in seen]
     steps = sorted((margin / one, abs(size) / one) for (margin, _, size, _), one in zip(seen, units, strict=True))
@@ -232,6 +231,11 @@ def _knots(sizes: Sequence[float]) -> list[float]:
         return distinct
     last = len(sizes) - 1
     return sorted({sizes[round(last * i / (KNOTS - 1))] for i in range(KNOTS)})
+
+
+def _beyond(size: float, start: float, share: float, shape: float, scale: float) -> float:
+    """Return the share of noise larger than a size in the Pareto tail, which begins at ``start`` with ``share``."""
+    return float(share * (1.0 + shape * (size - start) / scale) ** (-1.0 / shape))
 
 
 def _near(

@@ -180,7 +180,7 @@ class GPT2Engine:
     """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's.
 
     ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_size``: the
-    bound on keys and values. ``graphs``: whether passes of few tokens are recorded. None of them moves a bit.
+    bound on keys and values. ``graphs``: whether passes are recorded. None of them moves a bit.
     """
 
     def __init__(

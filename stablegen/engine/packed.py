@@ -19,7 +19,7 @@ from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.kv_cache import KVCache, copy_in
 from stablegen.engine.scheduler import Piece
 from stablegen.engine.steps import buckets
-from stablegen.kernels.base import Rows
+from stablegen.kernels.base import Rows, Spans
 
 if TYPE_CHECKING:
     from stablegen.engine.gpt2 import GPT2
@@ -29,8 +29,6 @@ RECORDED_SIZES = 32
 
 _Size = tuple[int, int, int]
 """Tokens, tiles, choices."""
-_Spans = tuple[tuple[int, int, int], ...]
-"""See ``kernels.base.Rows``."""
 
 
 @dataclass(slots=True)
@@ -98,7 +96,7 @@ class _Key(NamedTuple):
     """What passes have in common that one graph replays."""
 
     size: _Size
-    alike: _Spans
+    alike: Spans
     vocabulary: int | None
 
 
@@ -185,7 +183,7 @@ class PackedPasses:
         self._model.forward(rows, cache, scores)
         return scores
 
-    def _rows(self, control: torch.Tensor, size: _Size, spans: _Spans) -> Rows:
+    def _rows(self, control: torch.Tensor, size: _Size, spans: Spans) -> Rows:
         tokens, tiles, choices = size
         parts = torch.split(control, [tokens, tokens, tokens, tiles, tiles, choices, choices])
         ids, slots, positions, first, counts, last, ticks = parts

@@ -19,6 +19,10 @@ LOG_WIDTH = 8
 """int32 words that the log keeps of a row: best, runner-up, their scores' bits, the hash (low, high), finite, 0."""
 
 
+Spans = tuple[tuple[int, int, int], ...]
+"""On the host, each slot's first token in a pass, how many it has there, and the position of the first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One affine layer [K, N] as its kernel set laid it out; ``weight`` and ``bias`` are the set's own.
@@ -56,7 +60,7 @@ class Rows:
     the next one of its slot. ``tile_first``, ``tile_count`` [Q]: each tile is a run of at most ``tile`` tokens of one
     slot at consecutive positions; a ``tile`` of 1 says that every token is its slot's newest, -1. ``last`` [R]: the
     tokens whose scores are wanted. ``tick`` [R]: the entry of the log to be written, one ahead after each pass.
-    ``spans``: on the host, each slot's (first token, how many, first position), where a pass is not one token a slot.
+    ``spans``: where a pass is not one token a slot.
     """
 
     tokens: torch.Tensor
@@ -67,7 +71,7 @@ class Rows:
     last: torch.Tensor
     tick: torch.Tensor
     tile: int
-    spans: tuple[tuple[int, int, int], ...] = ()
+    spans: Spans = ()
 
 
 class Cache(Protocol):
@@ -128,7 +132,7 @@ class KernelSet(Protocol):
         """Lay out one affine layer, ``weight`` [K, N] of any strides and ``bias`` [N], once, when it is loaded."""
         ...
 
-    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...] | None:
+    def alike(self, spans: Spans) -> Spans | None:
         """Return what passes of one size have to have in common so that the graph of one can replay the other.
 
         ``spans`` are a pass's (see ``Rows``). Nothing, ``()``, where the set does not look at them; None: none can.

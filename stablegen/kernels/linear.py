@@ -205,18 +205,14 @@ def _tile(layer: Linear, rows: int) -> Tile:
         most = 1536 // (plan.slice_k // BLOCK_K * (4 if layer.paired else 2))
         columns = 64 if most >= 64 and layer.n * plan.splits >= 64 * 96 and not layer.paired else 32
         return Tile(16, columns if columns <= most else 16, 4, 3, split_programs=True, ahead=True)
-    wide = layer.n >= 2048
-    if layer.paired:
-        many, some, split = Tile(32, 128, 4, 3), Tile(32, 64, 4, 3), Tile(64, 32, 2, 3, split_programs=True)
-        if rows <= 64:
+    wide = layer.n >= 2048  # columns enough for every processor
+    if rows <= 64:
+        if layer.paired:
             return Tile(32, 64, 4, 3, split_programs=True)
-    elif rows <= 64:
         return Tile(32, 32, 4, 4) if wide else Tile(64, 32, 2, 4, split_programs=True)
-    else:
-        many, some, split = Tile(64, 64, 2, 3), Tile(32, 128, 4, 3), Tile(64, 32, 2, 3, split_programs=True)
     if rows > 512:
-        return many
-    return some if wide else split
+        return Tile(32, 128, 4, 3) if layer.paired else Tile(64, 64, 2, 3)
+    return Tile(32, 64 if layer.paired else 128, 4, 3) if wide else Tile(64, 32, 2, 3, split_programs=True)
 
 
 def compiled(layer: Linear, plan: LinearPlan, tile: Tile) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from stablegen.kernels.base import PAGE, BestTwo, Cache, Linear, Norm, Placed, Rows
+from stablegen.kernels.base import PAGE, BestTwo, Cache, Linear, Norm, Placed, Rows, Spans
 
 QUERY_BLOCK = 16
 KEY_BLOCK = 64
@@ -34,7 +34,7 @@ class ReferenceKernels:
         own = weight.to(torch.float32, copy=True)
         return Linear(own, None if bias is None else bias.to(torch.float32, copy=True), *weight.shape)
 
-    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+    def alike(self, spans: Spans) -> Spans:
         """Return that passes of one size can replay each other."""
         return ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stablegen.kernels import attention, linear, norm, scores
-from stablegen.kernels.base import Cache, Linear, Norm, Placed, Rows
+from stablegen.kernels.base import Cache, Linear, Norm, Placed, Rows, Spans
 
 
 class TritonKernels:
@@ -20,7 +20,7 @@ class TritonKernels:
         """Lay a weight [K, N] out as [N, K]; float32 as pairs of float16."""
         return linear.prepare(weight, bias)
 
-    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+    def alike(self, spans: Spans) -> Spans:
         """Return that passes of one size can replay each other."""
         return ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from stablegen.kernels.base import BestTwo, Cache, Linear, Norm, Placed, Rows
+from stablegen.kernels.base import BestTwo, Cache, Linear, Norm, Placed, Rows, Spans
 from stablegen.kernels.reference import advance
 
 
@@ -32,7 +32,7 @@ class VendorKernels:
         """Keep the weight as it is."""
         return Linear(weight, bias, *weight.shape)
 
-    def alike(self, spans: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...] | None:
+    def alike(self, spans: Spans) -> Spans | None:
         """Return the spans of whole prompts of one length; what is taken slot by slot cannot be recorded."""
         return spans if _even(spans) else None
 
@@ -134,6 +134,6 @@ def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
-def _even(spans: tuple[tuple[int, int, int], ...]) -> bool:
+def _even(spans: Spans) -> bool:
     """Return whether spans are prompts of one length from their beginnings."""
     return len({length for _, length, _ in spans}) == 1 and all(position == 0 for *_, position in spans)

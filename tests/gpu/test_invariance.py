@@ -275,7 +275,7 @@ def test_a_graph_moves_no_bit(compare: Begin, name: str, dtype: str, caplog: pyt
 def test_a_recorded_packed_pass_moves_no_bit(compare: Begin, name: str, dtype: str) -> None:
     recorded, launched = invariant(name, dtype), invariant(name, dtype, graphs=False)
     comparison = compare("packed graph against launch", name, recorded)
-    for size in (1, 2, 5, 9):  # prompts of one length mix: what fills a size up differs from pass to pass
+    for size in (1, 2, 5, 9):  # one tile and several, choices that fill a bucket and that do not
         requests = [make_request(make_ids(i, 40 + 3 * i, VOCABULARY), 12) for i in range(size)]
         batch = Batch(tuple(requests))
         expected = run(launched, batch)
