@@ -90,6 +90,7 @@ class _Work:
     """What one call has still to compute, and what stood in the cache for it.
 
     ``proves``: whether what stood there may be held against one pass over it. ``keeps``: whether results are cached.
+    ``flagged``: hits to be noted in the store.
     """
 
     requests: dict[str, Request] = field(default_factory=dict)
@@ -97,6 +98,7 @@ class _Work:
     proves: bool = False
     keeps: bool = True
     failure: StablegenError | None = None
+    flagged: list[FlaggedHit] = field(default_factory=list)
 
     def fail(self, error: StablegenError) -> None:
         """Remember the first failure; it is raised when all else is done."""
@@ -698,6 +700,7 @@ class Client:
                     work.requests[key], work.hits[key] = request, record
                     continue
             results[key] = Completion(record, cached=True, verdict=verdict)
+        self._note(work)
         return work
 
     def _compute(self, work: _Work, results: dict[str, Completion], progress: Progress | None) -> None:
@@ -803,9 +806,11 @@ class Client:
             else:
                 check = self._check(self._identity, record.composition.shape)
                 verdict = compare(old, record, check=check, how=how)
-                self._note(old, verdict, work)
+                if verdict.flagged or self.judge(old).flagged:
+                    work.flagged.append(self._hit(old, verdict))
                 stands = self.on_risk == "verify" and not verdict.flagged
             results[record.key] = Completion(record, cached=stands, verdict=verdict)
+        self._note(work)
         try:
             if fresh and work.keeps:
                 self.store.put(fresh)
@@ -865,14 +870,14 @@ class Client:
         text = f"cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}"
         log.info("%s (key %s)", text, record.key)
         if (record.key, self.numerics.digest) not in self._kept:
-            self._note(record, verdict, work)
+            work.flagged.append(self._hit(record, verdict))
             self._kept.add((record.key, self.numerics.digest))
         if self.on_risk != "serve":
             warnings.warn(text, MarginWarning, stacklevel=5)
 
-    def _note(self, record: Record, verdict: Verdict, work: _Work) -> None:
-        """Keep a flagged hit in the store, with the two tokens as text."""
-        hit = FlaggedHit(
+    def _hit(self, record: Record, verdict: Verdict) -> FlaggedHit:
+        """Return a flagged hit as the store keeps it, with the two tokens as text."""
+        return FlaggedHit(
             key=record.key,
             app=self.app,
             prompt=record.request.prompt or self.tokenizer.decode(record.request.prompt_ids),
@@ -885,10 +890,15 @@ class Client:
             current_digest=self.numerics.digest,
             seen=time.time(),
         )
+
+    def _note(self, work: _Work) -> None:
+        """Keep the flagged hits of a call in the store."""
         try:
-            self.store.flag(hit)
+            if work.flagged:
+                self.store.flag(work.flagged)
         except CacheWriteError as error:
             work.fail(error)
+        work.flagged.clear()
 
     def _describe(self, verdict: Verdict) -> str:
         if verdict.step is None or verdict.token is None or verdict.runner_up is None:

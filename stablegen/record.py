@@ -126,6 +126,8 @@ class Trace:
 
     def upto(self, stop: int) -> Trace:
         """Return the trace of the steps before ``stop``."""
+        if stop >= self._steps:
+            return self
         return Trace.of(*(self._column(index)[:stop] for index in range(len(_COLUMNS))))
 
     def __add__(self, later: Trace) -> Trace:
@@ -151,6 +153,8 @@ class Trace:
 
 def first_difference(mine: Sequence[int], theirs: Sequence[int]) -> int | None:
     """Return the first step at which two answers' token ids differ, or one of them ends; None where they are equal."""
+    if mine == theirs:
+        return None
     for step, (one, other) in enumerate(zip(mine, theirs, strict=False)):
         if one != other:
             return step

@@ -50,11 +50,16 @@ def traces(seed: int, count: int, steps: int = 64, grid: float | None = None, re
     return found
 
 
-def shaken(old: Trace, noise: Callable[[float], float], grid: float | None = None) -> Trace:
-    """Return what another run would choose along a trace, its margins moved by noise of the score."""
+Noise = Callable[[float, float], float]
+"""How far a margin moves, by the best score and the margin."""
+
+
+def shaken(old: Trace, noise: Noise, grid: float | None = None) -> Trace:
+    """Return what another run would choose along a trace, its margins moved by noise."""
     columns: list[tuple[Any, ...]] = []
     for token, rival, best, second in zip(old.tokens, old.runner_ups, old.scores, old.runner_up_scores, strict=True):
-        margin = best - second + noise(best)
+        margin = best - second
+        margin += noise(best, margin)
         if grid is not None:
             margin = round(margin / grid) * grid
         stays = margin > 0 or (margin == 0 and token < rival)
@@ -62,23 +67,29 @@ def shaken(old: Trace, noise: Callable[[float], float], grid: float | None = Non
     return Trace.of(*zip(*columns, strict=True), range(len(old)))
 
 
-def steady(draw: random.Random, size: float) -> Callable[[float], float]:
-    return lambda score: draw.gauss(0, size)
+def steady(draw: random.Random, size: float) -> Noise:
+    return lambda score, margin: draw.gauss(0, size)
 
 
-def growing(draw: random.Random, size: float) -> Callable[[float], float]:
+def growing(draw: random.Random, size: float) -> Noise:
     """Noise that doubles with the binade of the score."""
-    return lambda score: draw.gauss(0, size) * 2.0 ** (len(bin(int(abs(score)))) - 3)
+    return lambda score, margin: draw.gauss(0, size) * 2.0 ** (len(bin(int(abs(score)))) - 3)
 
 
-def heavy(draw: random.Random, size: float) -> Callable[[float], float]:
-    return lambda score: size * draw.gauss(0, 1) / max(draw.gauss(0, 1) ** 2, 0.05)
+def heavy(draw: random.Random, size: float) -> Noise:
+    return lambda score, margin: size * draw.gauss(0, 1) / max(draw.gauss(0, 1) ** 2, 0.05)
+
+
+def quieter_where_it_is_close(draw: random.Random, size: float) -> Noise:
+    """Noise that is a tenth as large where margins are narrow."""
+    return lambda score, margin: draw.gauss(0, size if margin > 3 * size else size / 10)
 
 
 KINDS = {
     "steady": (partial(steady, size=0.1), None, 0.0),
     "growing": (partial(growing, size=0.01), None, 1.0),
     "heavy": (partial(heavy, size=0.03), None, 0.0),
+    "quieter where it is close": (partial(quieter_where_it_is_close, size=0.6), None, 0.0),
     "on a grid": (partial(steady, size=0.1), 0.125, 0.0),
     "on a growing grid": (partial(growing, size=0.015), 0.125, 1.0),
 }

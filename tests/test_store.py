@@ -85,9 +85,9 @@ def test_superseded_is_kept_one_level_deep(store: DiskStore) -> None:
 
 
 def test_flags_and_checks_come_back(store: DiskStore) -> None:
-    store.flag(hit(seen=1.0))
-    store.flag(hit("6" * 64))
-    store.flag(hit(seen=2.0))  # the same request under the same numerics
+    store.flag([hit(seen=1.0)])
+    store.flag([hit("6" * 64)])
+    store.flag([hit(seen=2.0)])  # the same request under the same numerics
     assert [(found.key[0], found.seen) for found in store.flagged()] == [("5", 2.0), ("6", 1.0)]
     check = passed(numerics())
     store.put_check("a name", check)
@@ -104,7 +104,7 @@ def test_large_records_come_back(store: DiskStore) -> None:
 
 def test_stats_and_clear(store: DiskStore) -> None:
     store.put([made(1), made(2)])
-    store.flag(hit())
+    store.flag([hit()])
     store.put_check("a", passed(numerics()))
     plant(store, "foreign", b"x")
     stats = store.stats()

@@ -199,6 +199,7 @@ class GPT2Engine:
         self.max_rows = max_rows or MAX_ROWS[kind]
         self.limits = Limits(context=model.context)
         self.chunk = chunk or CHUNK[kind]
+        self.choices = max(CHOICES[kind], self.max_rows)
         self.kv_cache_size = kv_cache_size or DEFAULT_KV_CACHE[kind]
         self.graphs = graphs
         self._lock = threading.RLock()
@@ -284,7 +285,6 @@ class GPT2Engine:
             lacking: torch.OutOfMemoryError | None = None
             memory = self._reserve()
             cache = memory.cache
-            choices = CHOICES[self.model.device.type]
             for task in tasks.values():
                 if not cache.fits(task.positions):
                     raise DeviceMemoryError(
@@ -293,7 +293,7 @@ class GPT2Engine:
                     )
             run = _Run(
                 self,
-                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=max(choices, self.max_rows)),
+                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=self.choices),
                 memory,
                 observe,
             )
@@ -336,7 +336,8 @@ class GPT2Engine:
                     cache, rows = model.new_cache(self.max_rows, pages), self.max_rows
                     recorder = Recorder(model.device, wanted=self.graphs)
                     steps = Steps(model, cache, recorder, rows=rows)
-                    self._memory = _Memory(cache, steps, PackedPasses(model, cache, recorder, rows=rows))
+                    packed = PackedPasses(model, cache, recorder, choices=self.choices)
+                    self._memory = _Memory(cache, steps, packed)
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
         return self._memory
@@ -431,7 +432,7 @@ class _Run:
             return
         if any(piece.start >= 0 for piece in pieces):
             times = 1
-            scores = self._packed.run(pieces, self._tick, vocabulary=vocabulary)
+            scores = self._packed.run(pieces, self._tick, vocabulary)
             self._steps.forget()
         else:
             times = 1 if self._observe else min(times, READ_EVERY - len(self._unread))
@@ -448,12 +449,11 @@ class _Run:
                 self._observe(slot, row_scores)
 
     def _wide(self, pieces: Sequence[Piece], chosen: list[Piece]) -> None:
-        """Run a pass that chooses more tokens than the log has rows, with a log of its own."""
+        """Run a pass that chooses more tokens than the log has rows, and so logs elsewhere."""
         self._look()  # what was chosen before is read before
-        log = torch.zeros(1, _width(chosen), LOG_WIDTH, dtype=torch.int32, device=self._model.device)
-        self._packed.run(pieces, 0, cache=self._cache.logging_to(log))
+        self._packed.run(pieces, 0)
         self._steps.forget()
-        self._send(log, [chosen])
+        self._send(self._packed.log[:, : _width(chosen)], [chosen])
 
     def _look(self) -> None:
         """Send for what the passes since the last look have logged."""

@@ -19,7 +19,7 @@ from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.kv_cache import KVCache, copy_in
 from stablegen.engine.scheduler import Piece
 from stablegen.engine.steps import buckets
-from stablegen.kernels.base import Rows, Spans
+from stablegen.kernels.base import LOG_WIDTH, Rows, Spans
 
 if TYPE_CHECKING:
     from stablegen.engine.gpt2 import GPT2
@@ -112,23 +112,24 @@ class _Recorded:
 class PackedPasses:
     """Runs packed passes: replayed where one of their size was recorded, launched one by one where not."""
 
-    def __init__(self, model: GPT2, cache: KVCache, recorder: Recorder, *, rows: int) -> None:
+    def __init__(self, model: GPT2, cache: KVCache, recorder: Recorder, *, choices: int) -> None:
         self._model = model
         self._cache = cache
         self._recorder = recorder
-        self._choices = (0, *buckets(rows))
+        self._buckets = (0, *buckets(cache.slots))
+        # [1, choices at most, LOG_WIDTH]: where a pass logs that chooses more tokens than the cache's log has rows
+        self.log = cache.log.new_zeros(1, _rounded(choices), LOG_WIDTH)
+        self._wide = cache.logging_to(self.log)
         self._seen: set[_Key] = set()
         self._recorded: OrderedDict[_Key, _Recorded] = OrderedDict()
 
-    def run(
-        self, pieces: Sequence[Piece], tick: int, *, cache: KVCache | None = None, vocabulary: int | None = None
-    ) -> torch.Tensor | None:
+    def run(self, pieces: Sequence[Piece], tick: int, vocabulary: int | None = None) -> torch.Tensor | None:
         """Run a pass that logs at ``tick``; with ``vocabulary`` return the score rows [R, V], and maybe spare ones.
 
-        ``cache``: the same memory with another log, for more choices than the log has rows.
+        A pass of more choices than the cache has slots logs in ``log``.
         """
         packed = Packed.of(pieces, self._model.kernels.tile)
-        key = self._key(packed, vocabulary) if cache is None else None
+        key = self._key(packed, vocabulary)
         if key is not None:
             packed.fill(key.size, self._cache.spare, self._model.context)
             graph = self._graph(key)
@@ -138,8 +139,7 @@ class PackedPasses:
                 return graph.scores
         control = torch.empty(_length(packed.size), dtype=torch.int32, device=self._model.device)
         copy_in(packed.control(tick), control)
-        rows = self._rows(control, packed.size, tuple(packed.spans))
-        return self._forward(rows, self._cache if cache is None else cache, vocabulary)
+        return self._forward(self._rows(control, packed.size, tuple(packed.spans)), vocabulary)
 
     def _key(self, packed: Packed, vocabulary: int | None) -> _Key | None:
         """Return which graph a pass can be replayed by; None where it is launched."""
@@ -150,11 +150,10 @@ class PackedPasses:
         if alike:
             return _Key(packed.size, alike, vocabulary)
         tokens, tiles, choices = packed.size
-        step = max(32, 1 << max(0, tokens.bit_length() - 4))
-        filled = -(-tokens // step) * step
+        filled = _rounded(tokens)
         tiles += -(-(filled - tokens) // min(packed.tile, self._model.context))
-        wide = next(bucket for bucket in self._choices if bucket >= choices)
-        return _Key((filled, 1 << (tiles - 1).bit_length(), wide), alike, vocabulary)
+        chosen = next((bucket for bucket in self._buckets if bucket >= choices), _rounded(choices))
+        return _Key((filled, 1 << (tiles - 1).bit_length(), chosen), alike, vocabulary)
 
     def _graph(self, key: _Key) -> _Recorded | None:
         """Return the graph of a key, recorded at its second pass: the first compiles and loads what it launches."""
@@ -168,7 +167,7 @@ class PackedPasses:
         with torch.inference_mode(False):  # made in inference mode, it could not be written to in any other
             control = torch.zeros(_length(key.size), dtype=torch.int32, device=self._model.device)
         rows = self._rows(control, key.size, key.alike)
-        made = self._recorder.record(partial(self._forward, rows, self._cache, key.vocabulary))
+        made = self._recorder.record(partial(self._forward, rows, key.vocabulary))
         if made is None:
             return None
         found = self._recorded[key] = _Recorded(made[0], control, made[1])
@@ -176,7 +175,8 @@ class PackedPasses:
             self._recorded.popitem(last=False)
         return found
 
-    def _forward(self, rows: Rows, cache: KVCache, vocabulary: int | None) -> torch.Tensor | None:
+    def _forward(self, rows: Rows, vocabulary: int | None) -> torch.Tensor | None:
+        cache = self._cache if len(rows.last) <= self._cache.slots else self._wide
         scores = None
         if vocabulary is not None and len(rows.last):
             scores = torch.empty(len(rows.last), vocabulary, dtype=torch.float32, device=self._model.device)
@@ -188,6 +188,12 @@ class PackedPasses:
         parts = torch.split(control, [tokens, tokens, tokens, tiles, tiles, choices, choices])
         ids, slots, positions, first, counts, last, ticks = parts
         return Rows(ids, slots, positions, first, counts, last, ticks, self._model.kernels.tile, spans)
+
+
+def _rounded(count: int) -> int:
+    """Return the least size for so many, of sizes that lie an eighth apart at most, or 32."""
+    step = max(32, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 def _length(size: _Size) -> int:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from stablegen.engine.base import ForcingEngine, Generated
 from stablegen.errors import NonFiniteScoresError
 from stablegen.policy import Batch
-from stablegen.record import Composition, FinishReason, Trace
+from stablegen.record import Composition, FinishReason, Trace, first_difference
 from stablegen.request import Request
 
 Answer = tuple[Request, tuple[int, ...]]
@@ -65,15 +65,14 @@ def still_right(request: Request, tokens: Sequence[int], forced: Trace) -> tuple
 
     The reason is None where a fresh run goes on.
     """
-    params = request.params
-    for step, (given, chosen) in enumerate(zip(tokens, forced.tokens, strict=True)):
-        if chosen in params.eos_token_ids:
-            return forced.upto(step + 1), "stop"
-        if step + 1 == params.max_new_tokens:
-            return forced.upto(step + 1), "length"
-        if chosen != given:
-            return forced.upto(step + 1), None
-    return forced, None
+    budget, ends = request.params.max_new_tokens, frozenset(request.params.eos_token_ids)
+    parted = first_difference(tokens, forced.tokens)
+    steps = min(budget, len(forced) if parted is None else parted + 1)
+    chosen = forced.tokens[:steps]
+    if not ends.isdisjoint(chosen):
+        stop = next(step for step, token in enumerate(chosen) if token in ends)
+        return forced.upto(stop + 1), "stop"
+    return forced.upto(steps), "length" if steps == budget else None
 
 
 def _continued(request: Request, trace: Trace) -> Request:

@@ -70,8 +70,11 @@ class Store(Protocol):
         """Yield every readable record, oldest first."""
         ...
 
-    def flag(self, hit: FlaggedHit) -> None:
-        """Keep a flagged hit; of one request, app and numerics the newest judgement stays, and the newest proof."""
+    def flag(self, hits: Iterable[FlaggedHit]) -> None:
+        """Keep flagged hits, all of them or none.
+
+        Of one request, app and numerics the newest judgement stays, and the newest proof.
+        """
         ...
 
     def flagged(self) -> list[FlaggedHit]:

@@ -103,10 +103,16 @@ class DiskStore:
             if record is not None:
                 yield record
 
-    def flag(self, hit: FlaggedHit) -> None:
-        """Keep a flagged hit; of one request, app and numerics the newest judgement stays, and the newest proof."""
-        proof = hit.verdict.basis == "verified"
-        self._write({f"{_FLAG}{hit.key}:{hit.current_digest}:{proof}:{hit.app}": hit.model_dump_json().encode()})
+    def flag(self, hits: Iterable[FlaggedHit]) -> None:
+        """Keep flagged hits, all of them or none.
+
+        Of one request, app and numerics the newest judgement stays, and the newest proof.
+        """
+
+        def name(hit: FlaggedHit) -> str:
+            return f"{_FLAG}{hit.key}:{hit.current_digest}:{hit.verdict.basis == 'verified'}:{hit.app}"
+
+        self._write({name(hit): hit.model_dump_json().encode() for hit in hits})
 
     def flagged(self) -> list[FlaggedHit]:
         """Return the flagged hits, oldest first."""
