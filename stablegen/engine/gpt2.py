@@ -14,11 +14,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +53,6 @@ DEFAULT_KV_CACHE = {"cuda": 2 * 2**30, "cpu": 2**30}
 """Bytes of keys and values at most, by device, where no setting says otherwise."""
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,22 +402,19 @@ class _Run:
         """Yield rows as they are read to their end."""
         scheduler = self._scheduler
         while scheduler.busy or self._unread or self._looks:
-            if scheduler.busy:
-                scheduler.admit()
-                self._device_work(self._advance)
-            if len(self._unread) >= (1 if self._observe else READ_EVERY) or not scheduler.busy:
-                self._device_work(self._look)
+            self._engine.order_after_last()
+            with computing(self._model.device), cpu_threads(self._engine.numerics.threads):
+                if scheduler.busy:
+                    scheduler.admit()
+                    self._advance()
+                if len(self._unread) >= (1 if self._observe else READ_EVERY) or not scheduler.busy:
+                    self._look()
             while self._looks and (len(self._looks) > UNREAD or not scheduler.busy or self._looks[0].arrived()):
                 yield from self._settle(self._looks.popleft())
 
     def close(self) -> None:
         """Give back what rows hold that have not finished."""
         self._scheduler.close()
-
-    def _device_work(self, action: Callable[[], _T]) -> _T:
-        self._engine.order_after_last()
-        with computing(self._model.device), cpu_threads(self._engine.numerics.threads):
-            return action()
 
     def _advance(self) -> None:
         """Run the next pass, as often as it may repeat before the log is looked at."""

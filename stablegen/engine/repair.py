@@ -48,14 +48,15 @@ def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Ge
     except NonFiniteScoresError as error:
         failure = error
     waiting = list(begun)
-    try:
-        batch = Batch(tuple(_continued(answers[place][0], begun[place]) for place in waiting))
-        with closing(engine.generate(batch)) as finishing:
-            for generated in finishing:
-                place = waiting[generated.composition.slot]
-                yield done(place, begun[place] + generated.trace, generated.finish_reason)
-    except NonFiniteScoresError as error:
-        failure = failure or error
+    if waiting:
+        try:
+            batch = Batch(tuple(_continued(answers[place][0], begun[place]) for place in waiting))
+            with closing(engine.generate(batch)) as finishing:
+                for generated in finishing:
+                    place = waiting[generated.composition.slot]
+                    yield done(place, begun[place] + generated.trace, generated.finish_reason)
+        except NonFiniteScoresError as error:
+            failure = failure or error
     if failure is not None:
         raise failure
 
