@@ -189,7 +189,7 @@ class Client:
 
         What is left None comes from the environment (``STABLEGEN_POLICY`` ...), the app's settings, the defaults of
         the configuration file, and last from here: ``policy="invariant"``, ``dtype="float32"``, ``device="auto"``,
-        ``on_risk="warn"``, ``accepted_risk=0.01``.
+        ``on_risk="warn"``, ``accepted_risk=0.005``.
         """
         from stablegen.config import load_settings
 

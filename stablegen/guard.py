@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
 """What happens to a flagged hit."""
 
-DEFAULT_ACCEPTED_RISK = 0.01
+DEFAULT_ACCEPTED_RISK = 0.005
 NEGLIGIBLE_RISK = 1e-4
 """Probability of a divergence that verification leaves to the margins, where it has to decode step by step."""
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}

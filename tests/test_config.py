@@ -36,7 +36,7 @@ BUILT_IN = {
     "device": "auto",
     "cache_dir": None,
     "on_risk": "warn",
-    "accepted_risk": 0.01,
+    "accepted_risk": 0.005,
     "size_limit": None,
     "kv_cache_size": None,
 }

@@ -1,9 +1,9 @@
 """Whether the guard is right: calibrated on one set of prompts, judged on another, against a bare margin threshold.
 
 Each prompt of the second set is answered alone under ``native``; its answer is judged, then recomputed in batches of
-each size. Kept: recall and flagged share at the default ``accepted_risk``, calibration error, Brier scores, and the
-precision-recall curves of the predicted probability and of the smallest margin. Answers come from several processes
-that share a cache: transformers waits for the CPU most of the time.
+each size. Kept: recall, precision and flagged share at several values of ``accepted_risk``, calibration error, Brier
+scores, and the precision-recall curves of the predicted probability and of the smallest margin. Answers come from
+several processes that share a cache: transformers waits for the CPU most of the time.
 
 Run it with: python tests/benchmarks/guard_recall.py [--model DIR [--random]] [--dtype bfloat16] [--workers 8] [--out F]
 """
@@ -44,6 +44,7 @@ FRAMES = (
     "First came {}, and then",
     "The truth about {}",
 )
+ACCEPTED_RISKS = sorted({0.01, 0.005, 0.003, 0.002, 0.001, DEFAULT_ACCEPTED_RISK}, reverse=True)
 Told = list[tuple[float, bool]]
 
 
@@ -64,6 +65,17 @@ def curve(told: Told) -> list[dict[str, float]]:
                 }
             )
     return points
+
+
+def at_accepted_risk(told: Told, accepted_risk: float) -> dict[str, object]:
+    """Return what the guard catches where it flags every answer of a larger probability."""
+    flagged = [parted for probability, parted in told if probability > accepted_risk]
+    return {
+        "accepted_risk": accepted_risk,
+        "recall": Share.over(sum(flagged), sum(parted for _, parted in told)).model_dump(),
+        "precision": Share.over(sum(flagged), len(flagged)).model_dump(),
+        "flagged": round(len(flagged) / len(told), 5),
+    }
 
 
 def thinned(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -120,10 +132,10 @@ def pieces(whole: list[str], size: int) -> Iterator[list[str]]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--sizes", default="2,8,32")
+    parser.add_argument("--sizes", default="2,8,32,128")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--calibrate", type=int, default=200, help="prompts of the first set, beside the package's own")
-    parser.add_argument("--judge", type=int, default=700, help="prompts of the second set")
+    parser.add_argument("--calibrate", type=int, default=60, help="prompts of the first set, beside the package's own")
+    parser.add_argument("--judge", type=int, default=600, help="prompts of the second set")
     parser.add_argument("--workers", type=int, default=1)
     options = parse(parser)
     sizes = [int(size) for size in options.sizes.split(",")]
@@ -149,27 +161,23 @@ def main() -> None:
             first, last = keys[: len(calibrating)], keys[len(calibrating) :]
             second = [client.inspect(key) for key in last]
             priors = [client.judge(record).probability or 0.0 for record in second]
+            batches = [batch for size in sizes for batch in pieces(last, size)]
+            recomputed = pool.map(parts, batches)  # meanwhile
             (calibration,) = client.calibrate(first, sizes=sizes)
             verdicts = [client.judge(record) for record in second]
-            batches = [batch for size in sizes for batch in pieces(last, size)]
-            truth = [one for found in pool.map(parts, batches) for one in found]
+            truth = [one for found in recomputed for one in found]
             numerics = client.numerics
     parted = {size: truth[len(second) * at : len(second) * (at + 1)] for at, size in enumerate(sizes)}
     told = list(zip([verdict.probability or 0.0 for verdict in verdicts] * len(sizes), truth, strict=True))
     before = list(zip(priors * len(sizes), truth, strict=True))
     margins = [-min(record.trace.margins) for record in second if record.trace is not None]
     bare = list(zip(margins * len(sizes), truth, strict=True))
-    caught = sum(one and probability > DEFAULT_ACCEPTED_RISK for probability, one in told)
-    flagged = sum(probability > DEFAULT_ACCEPTED_RISK for probability, _ in told)
     report = {
         "numerics": numerics.model_dump(exclude_none=True),
         "calibration": {"prompts": calibration.prompts, "steps": calibration.steps, "flips": calibration.flips},
         "completions": len(truth),
         "diverged": {size: sum(rows) for size, rows in parted.items()},
-        "accepted_risk": DEFAULT_ACCEPTED_RISK,
-        "recall": Share.over(caught, sum(truth)).model_dump(),
-        "precision": Share.over(caught, flagged).model_dump(),
-        "flagged": round(flagged / len(told), 5),
+        "at_accepted_risk": [at_accepted_risk(told, accepted_risk) for accepted_risk in ACCEPTED_RISKS],
         "calibration_error": round(calibration_error(reliability(told)), 5),
         "calibration_error_of_the_prior": round(calibration_error(reliability(before)), 5),
         "brier": round(brier(told), 5),
