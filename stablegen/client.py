@@ -492,18 +492,16 @@ class Client:
         by_key = {record.key: record for record in records}
         requests = [record.request for record in records]
         if self.policy.promises:
-            batches = self.policy.plan(requests, engine.limits)
+            batches = [(batch, 0) for batch in self.policy.plan(requests, engine.limits)]
         else:
-            batches = [
-                Batch(tuple(requests[start : start + size]))
-                for size in sizes
-                for start in range(0, len(requests), size)
-            ]
-        for batch in batches:
+            batches = [batch for size in sizes for batch in _full_batches(requests, size)]
+        for batch, known in batches:
             along = {slot: by_key[request.key].token_ids for slot, request in batch.requests}
+            company = {request.key for slot, request in batch.requests if slot < known}
             with closing(engine.follow(batch, along)) as followed:
                 for generated in followed:
-                    yield by_key[generated.request.key], generated.trace
+                    if generated.request.key not in company:
+                        yield by_key[generated.request.key], generated.trace
 
     def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
         """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.
@@ -907,6 +905,16 @@ class Client:
         chance = "" if verdict.probability is None else f", probability of divergence {verdict.probability:.3g}"
         margin = "" if verdict.margin is None else f", margin {verdict.margin:.3g}"
         return f"step {verdict.step}, {first!r} against {second!r}{margin}{chance} ({verdict.basis}); {verdict.reason}"
+
+
+def _full_batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Batch, int]]:
+    """Yield batches of a size, each with how many of its first rows were in the batch before.
+
+    What is left over at the end is a batch of that size too, for noise depends on it; fewer only where there are fewer.
+    """
+    for start in range(0, len(requests), size):
+        first = max(0, min(start, len(requests) - size))
+        yield Batch(tuple(requests[first : first + size])), start - first
 
 
 def _calibration_name(model: ModelIdentity, recorded: Numerics, current: Numerics) -> str:

@@ -18,6 +18,7 @@ from stablegen import cli
 from stablegen.audit import brier, calibration_error, reliability
 from stablegen.calibration import VERSION, Calibration, fit
 from stablegen.engine.base import FollowingEngine
+from stablegen.engine.transformers import TransformersEngine
 from stablegen.errors import CalibrationError, InvalidRequestError
 from stablegen.guard import judge
 from stablegen.policy import Batch
@@ -254,6 +255,24 @@ def test_company_is_measured_where_a_policy_promises_nothing(tmp_path: Path) -> 
         assert (verdict.basis, verdict.status != "exact") == ("calibrated", True)
         (alone,) = asking.calibrate(made, sizes=(1,))
         assert (alone.flips, alone.quantile(1.0)) == (0, 0.0)
+
+
+def test_what_is_left_over_is_measured_in_a_batch_of_the_same_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = []
+    follow = TransformersEngine.follow
+
+    def watched(engine: TransformersEngine, batch: Batch, answers: Any) -> Any:
+        widths.append(len(batch.rows))
+        return follow(engine, batch, answers)
+
+    monkeypatch.setattr(TransformersEngine, "follow", watched)
+    with client(tmp_path, policy="native", dtype="bfloat16") as asking:
+        made = [asking.complete(prompt, max_new_tokens=16) for prompt in SAMPLE[:11]]
+        (found,) = asking.calibrate(made, sizes=(4, 64))
+    assert widths == [4, 4, 4, 11]
+    assert found.steps == 2 * sum(len(one.token_ids) for one in made)  # company was not measured twice
 
 
 def test_of_several_numerics_those_with_steps_enough_are_calibrated(tmp_path: Path) -> None:
