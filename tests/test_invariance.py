@@ -435,6 +435,7 @@ def test_native_breaks_it_through_the_client(compare: Begin, tmp_path: Path) -> 
     assert comparison.differing > 0
 
 
+@pytest.mark.usefixtures("chained_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_triton_kernels_make_an_engine(dtype: str) -> None:
     # the kernels of a GPU, in the interpreter: their own tests are in test_kernels.py, here they are put together

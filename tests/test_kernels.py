@@ -24,6 +24,8 @@ from stablegen.kernels import attention, linear, scores
 from stablegen.kernels.operand import EXPONENT
 from stablegen.kernels.triton import TritonKernels
 
+pytestmark = pytest.mark.usefixtures("chained_products")
+
 HAS_GPU = torch.cuda.is_available()
 GPU = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -150,23 +152,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-
-
-@pytest.fixture(autouse=not HAS_GPU)
-def chained_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter multiply as tensor cores do, in a chain over ascending k.
-
-    It asks numpy's BLAS, which picks its order by the tile's shape: on some processors other tiles give other bits.
-    """
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
-        total = d.data.copy()
-        for left, right in zip(a.data.astype(total.dtype).T, b.data.astype(total.dtype), strict=True):
-            total += left[:, None] * right[None, :]
-        return TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
