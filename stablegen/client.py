@@ -120,7 +120,8 @@ class Client:
     the cache (None: the user's), ``size_limit`` its size in bytes (None: nothing is ever evicted), ``kv_cache_size``
     the bytes that keys and values may take under ``invariant`` (None: 2 GiB on a GPU, 1 GiB on a CPU).
 
-    The model is loaded at the first miss. Raises a subclass of ``StablegenError`` for anything it cannot do.
+    Threads may share a client: what several ask for at once is computed once. The model is loaded at the first miss.
+    Raises a subclass of ``StablegenError`` for anything it cannot do.
     """
 
     def __init__(
@@ -292,6 +293,7 @@ class Client:
         self._calibrations: dict[tuple[str, str], Calibration | None] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
+        self._times_kept = 0
         self._asked = lru_cache(maxsize=65536)(self._ask)
         self._budgets: dict[tuple[int, tuple[int, ...]], GenerationParams] = {}
 
@@ -658,6 +660,7 @@ class Client:
 
     def _run(self, asked: list[tuple[str, Request]], progress: Progress | None) -> list[Completion]:
         results: dict[str, Completion] = {}
+        kept = self._times_kept
         work = self._look_up(asked, results)
         if work.requests:
             with self._lock:
@@ -666,6 +669,11 @@ class Client:
                         # the device is not what its metadata said: what was judged has to be judged again
                         results.clear()
                         work = self._look_up(asked, results)
+                    elif self._times_kept != kept:
+                        # another thread has computed meanwhile, and maybe what is missing here
+                        before = work
+                        work = self._look_up([(key, request) for key, request in before.requests.items()], results)
+                        work.failure = before.failure or work.failure
                     self._compute(work, results, progress)
                 except StablegenError as error:
                     work.fail(error)
@@ -812,6 +820,7 @@ class Client:
         try:
             if fresh and work.keeps:
                 self.store.put(fresh)
+                self._times_kept += 1
         except CacheWriteError as error:
             work.fail(error)
 

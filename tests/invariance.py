@@ -45,6 +45,7 @@ from stablegen.request import GenerationParams, ModelIdentity, Request
 DTYPES = ("float32", "float16", "bfloat16")
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 """Batch sizes on both sides of every tile and bucket edge."""
+OTHER_ARCHITECTURES = ("random-llama", "random-qwen2", "random-gpt_neox")
 TINY = Path(stablegen.__file__).parent / "models" / "tiny-gpt2"
 
 
@@ -65,11 +66,15 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
         model = transformers.GPT2LMHeadModel(config)
     elif name == "gpt2-small":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-    elif name == "random-llama":
+    elif name in OTHER_ARCHITECTURES:
         shape = {"num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 320, "vocab_size": 1031}
-        heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
-        config = transformers.LlamaConfig(**shape, **heads, initializer_range=0.1, bos_token_id=0, eos_token_id=0)
-        model = transformers.LlamaForCausalLM(config)
+        heads = {"num_attention_heads": 6, "max_position_embeddings": 256}
+        if name != "random-gpt_neox":
+            heads["num_key_value_heads"] = 2
+        config = transformers.AutoConfig.for_model(
+            name.removeprefix("random-"), **shape, **heads, initializer_range=0.1, bos_token_id=0, eos_token_id=0
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
     else:
         directory = TINY if name == "tiny-gpt2" else Path(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -605,6 +607,28 @@ def test_a_llama(policy: str, tmp_path: Path, tokenizer: Any) -> None:
     assert all(completion.verdict.status == "exact" for completion in [*together, *again])
     with Client(small_llama(), tokenizer, policy=policy, cache_dir=tmp_path / "b") as asking:
         assert asking.complete(PROMPTS[3], max_new_tokens=NEW).trace == together[3].trace
+
+
+def test_what_threads_ask_for_at_once_is_computed_once(
+    tmp_path: Path, computed: Computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with client(tmp_path, model=small_directory()) as asking:
+        asking.self_check()
+        look_up, waiting = asking._look_up, threading.Barrier(4)
+
+        def together(*arguments: Any) -> Any:
+            work = look_up(*arguments)
+            if not asking._lock._is_owned():  # type: ignore[attr-defined]
+                waiting.wait(timeout=60)  # every thread has missed before any computes
+            return work
+
+        monkeypatch.setattr(asking, "_look_up", together)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: asking.complete(PROMPTS[:2], max_new_tokens=NEW), range(4)))
+    assert len(computed.rows) == 2
+    assert sorted(one[0].cached for one in answers) == [False, True, True, True]
+    for others in answers[1:]:
+        assert [one.record for one in others] == [one.record for one in answers[0]]
 
 
 def test_a_llama_is_not_invariant(tmp_path: Path, tokenizer: Any) -> None:

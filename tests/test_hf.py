@@ -61,6 +61,27 @@ def test_the_same_tokens_as_the_models_own_generate(
     assert ours.dtype == theirs.dtype == torch.int64
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_other_architectures_answer_as_their_own_generate(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    if kind != "gpt_neox":
+        sizes["num_key_value_heads"] = 2
+    config = AutoConfig.for_model(kind, vocab_size=4096, max_position_embeddings=256, initializer_range=0.3, **sizes)
+    other = AutoModelForCausalLM.from_config(config).eval()
+    arguments = {"max_new_tokens": NEW, "eos_token_id": [], "pad_token_id": PAD}
+    answers = set()
+    with Client(other, tokenizer, policy="single", cache_dir=tmp_path) as asking:
+        for prompt in PROMPTS:
+            ids = torch.tensor([tokenizer.encode(prompt).ids])
+            theirs = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **arguments)
+            assert torch.equal(asking.generate(ids, **arguments), theirs)
+            answers.add(tuple(theirs[0, ids.shape[1] :].tolist()))
+    assert len(answers) > 1
+
+
 def test_end_tokens_and_padding_as_the_models_own(asking: Client, model: Any, tokenizer: Tokenizer) -> None:
     rows = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     free = [asking.generate(torch.tensor([row]), max_new_tokens=NEW)[0, len(row) :].tolist() for row in rows]

@@ -20,6 +20,7 @@ import pytest
 import torch
 from invariance import (
     DTYPES,
+    OTHER_ARCHITECTURES,
     SIZES,
     TINY,
     AttentionByPages,
@@ -323,7 +324,7 @@ def test_what_is_recorded_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["random-gpt2", "tiny-gpt2", "random-llama"])
+@pytest.mark.parametrize("name", ["random-gpt2", "tiny-gpt2", *OTHER_ARCHITECTURES])
 def test_single_repeats(compare: Begin, name: str, dtype: str) -> None:
     engine = shared_engine(name, "single", dtype)
     comparison = compare("repeated after others", name, engine)
@@ -341,8 +342,7 @@ def test_single_repeats(compare: Begin, name: str, dtype: str) -> None:
     [
         *[(name, dtype, rows) for name in GPT2S for dtype in ("float32", "bfloat16") for rows in (4, 8)],
         ("random-gpt2", "float16", 2),  # transformers computes it slowly on a CPU
-        ("random-llama", "float32", 4),
-        ("random-llama", "bfloat16", 4),
+        *[(name, dtype, 4) for name in OTHER_ARCHITECTURES for dtype in ("float32", "bfloat16")],
     ],
 )
 def test_padded_company(compare: Begin, name: str, dtype: str, rows: int) -> None:
@@ -415,7 +415,7 @@ def test_invariant_refuses_a_llama(tmp_path: Path, dtype: str) -> None:
 
 def test_native_breaks_what_the_others_promise(compare: Begin) -> None:
     differing = {}
-    for name in ("random-gpt2", "tiny-gpt2", "random-llama"):
+    for name in ("random-gpt2", "tiny-gpt2", *OTHER_ARCHITECTURES):
         for dtype in ("float32", "bfloat16"):
             engine = shared_engine(name, "native", dtype)
             comparison = compare("control", name, engine)
