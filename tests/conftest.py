@@ -64,6 +64,7 @@ def chained_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if HAS_GPU:
         return
+    pytest.importorskip("triton", reason="triton is not installed")
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:

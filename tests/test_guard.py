@@ -142,7 +142,8 @@ def test_the_prior_gives_the_measured_divergence(dtype: str, measured: float) ->
 
 
 def test_float32_margins_are_not_cried_over() -> None:
-    # none of 96 answers diverged in float32; a margin of 0.002 at a score of 20 is no risk there
+    # none of 96 answers diverged in float32; a margin of 0.001 at a score of 20 is no risk there
+    assert judge(record(margins=[0.001] * 64), ELSEWHERE, check=None, accepted_risk=0.01).status == "stable"
     assert judge(record(margins=[0.002] * 64), ELSEWHERE, check=None).status == "stable"
 
 

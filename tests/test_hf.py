@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fixed_shapes import VOCABULARY, small_model
+from invariance import make_ids
 from support import TINY, client, small_gpt2
 from tokenizers import Tokenizer
 
@@ -63,22 +65,15 @@ def test_the_same_tokens_as_the_models_own_generate(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
 def test_other_architectures_answer_as_their_own_generate(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    if kind != "gpt_neox":
-        sizes["num_key_value_heads"] = 2
-    config = AutoConfig.for_model(kind, vocab_size=4096, max_position_embeddings=256, initializer_range=0.3, **sizes)
-    other = AutoModelForCausalLM.from_config(config).eval()
+    other = small_model(kind)
     arguments = {"max_new_tokens": NEW, "eos_token_id": [], "pad_token_id": PAD}
     answers = set()
     with Client(other, tokenizer, policy="single", cache_dir=tmp_path) as asking:
-        for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer.encode(prompt).ids])
+        for seed, length in enumerate((1, 2, 7, 20)):
+            ids = torch.tensor([make_ids(seed, length, VOCABULARY)])
             theirs = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **arguments)
             assert torch.equal(asking.generate(ids, **arguments), theirs)
-            answers.add(tuple(theirs[0, ids.shape[1] :].tolist()))
+            answers.add(tuple(theirs[0, length:].tolist()))
     assert len(answers) > 1
 
 
