@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stablegen.calibration import Calibration
     from stablegen.client import Client
+    from stablegen.drop_in import restore, stabilize
     from stablegen.errors import (
         AttentionMaskError,
         CacheDirectoryError,
@@ -42,17 +43,22 @@ if TYPE_CHECKING:
         PromptError,
         RecordNotFoundError,
         StablegenError,
+        UncachedWarning,
         UnsupportedParameterError,
     )
     from stablegen.numerics import Numerics
+    from stablegen.params import GenerationParams
     from stablegen.policy import ExecutionPolicy, Invariant, Native, Padded, Single, load_policy
-    from stablegen.record import Completion, Composition, Record, SelfCheck, Trace, Verdict, Verification
-    from stablegen.request import GenerationParams, ModelIdentity, Request
+    from stablegen.record import Completion, Composition, Record, Score, SelfCheck, Trace, Verdict, Verification
+    from stablegen.request import ModelIdentity, Request
     from stablegen.store.base import FlaggedHit
 
 __version__ = "0.1.0"
 
-_HOMES = ("client", "calibration", "guard", "numerics", "policy", "record", "request", "store.base", "errors")
+_HOMES = (
+    *("client", "drop_in", "calibration", "guard", "numerics", "params"),
+    *("policy", "record", "request", "store.base", "errors"),
+)
 """Modules of the public names, searched in this order: whoever imports the client has loaded most of them."""
 
 __all__ = [
@@ -99,14 +105,18 @@ __all__ = [
     "Record",
     "RecordNotFoundError",
     "Request",
+    "Score",
     "SelfCheck",
     "Single",
     "StablegenError",
     "Trace",
+    "UncachedWarning",
     "UnsupportedParameterError",
     "Verdict",
     "Verification",
     "load_policy",
+    "restore",
+    "stabilize",
 ]
 
 

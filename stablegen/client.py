@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 import warnings
@@ -11,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
 
 from stablegen.calibration import Calibration, fit
@@ -28,15 +29,19 @@ from stablegen.errors import (
     EngineError,
     InvalidRequestError,
     MarginWarning,
+    ParameterError,
     PromiseWarning,
+    PromptError,
     RecordNotFoundError,
     StablegenError,
+    UncachedWarning,
 )
 from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, flip_probabilities, fragile_steps, judge
 from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
+from stablegen.params import GenerationParams
 from stablegen.policy import Batch, ExecutionPolicy, Invariant, Shape, load_policy
-from stablegen.record import Completion, Record, SelfCheck, Trace, Verdict, Verification
-from stablegen.request import GenerationParams, ModelIdentity, Request, check_fits, check_prompt
+from stablegen.record import Completion, Record, Score, SelfCheck, Trace, Verdict, Verification
+from stablegen.request import ModelIdentity, Request, check_fits, check_prompt
 from stablegen.store.base import FlaggedHit, Store
 from stablegen.tokenizer import Tokenizer
 
@@ -47,8 +52,18 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with how many distinct requests of a call are done, and how many there are."""
+Listener = Callable[[str, int, Sequence[int]], None]
+"""Hears the token ids of what is generated as they are known: the request's key, the step of the first, and the ids."""
+
+RowObserver = Callable[[str, "torch.Tensor"], None]
+"""Sees each step of each request: its key, and the full score row [V] in float32."""
 
 log = logging.getLogger("stablegen")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+NO_SEED = (
+    "a sampled request has no seed: its answer is drawn anew every time and not cached. Give a seed, and it is a "
+    "function of the request"
+)
 ONE_PASS = "computed in one pass over the cached answer, anew from where it parts"
 CALIBRATION_SIZES = (2, 8, 32)
 """Batch sizes whose noise is measured where a policy promises nothing of it."""
@@ -90,13 +105,14 @@ class _Work:
     """What one call has still to compute, and what stood in the cache for it.
 
     ``proves``: whether what stood there may be held against one pass over it. ``keeps``: whether results are cached.
-    ``flagged``: hits to be noted in the store.
+    ``flagged``: hits to be noted in the store. ``listen`` hears what is generated.
     """
 
     requests: dict[str, Request] = field(default_factory=dict)
     hits: dict[str, Record] = field(default_factory=dict)
     proves: bool = False
     keeps: bool = True
+    listen: Listener | None = None
     failure: StablegenError | None = None
     flagged: list[FlaggedHit] = field(default_factory=list)
 
@@ -137,7 +153,7 @@ class Client:
         kv_cache_size: int | None = None,
         app: str | None = None,
     ) -> None:
-        from stablegen.hf import LoadedModel
+        from stablegen.hf.model import LoadedModel
 
         loaded = LoadedModel(model)
         chosen = load_policy(policy)
@@ -154,12 +170,13 @@ class Client:
                 static_cache=device.is_cuda and allows_static_cache(loaded.config),
             )
 
+        own = Tokenizer.from_object(tokenizer)
         store = open_store(cache_dir, size_limit)
         try:
             self._set_up(
                 loaded,
-                lambda numerics: loaded.start(numerics, kv_cache_size),
-                Tokenizer.from_object(tokenizer),
+                lambda numerics: loaded.start(numerics, kv_cache_size, own),
+                own,
                 plan,
                 on_risk=on_risk,
                 accepted_risk=accepted_risk,
@@ -221,6 +238,7 @@ class Client:
         try:
             memory = DigestMemory(store.path / "digests.json")
             checkpoint = open_checkpoint(settings.model, settings.revision, memory)
+            tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, memory)
             device = find_device(settings.device, settings.dtype)
 
             numerics = numerics_on(
@@ -233,7 +251,7 @@ class Client:
             def start(numerics: Numerics) -> Engine:
                 from stablegen.engine.loading import load_engine
 
-                engine = load_engine(checkpoint, numerics, device.name, settings.kv_cache_size)
+                engine = load_engine(checkpoint, numerics, device.name, settings.kv_cache_size, tokenizer)
                 if checkpoint.identity.source == "digest":
                     now = open_checkpoint(checkpoint.directory, None, memory).identity
                     if now.identity != checkpoint.identity.identity:
@@ -247,7 +265,7 @@ class Client:
             client._set_up(
                 checkpoint,
                 start,
-                Tokenizer.from_file(checkpoint.tokenizer_file, memory),
+                tokenizer,
                 lambda: numerics,
                 on_risk=settings.on_risk,
                 accepted_risk=settings.accepted_risk,
@@ -289,11 +307,17 @@ class Client:
         self._start_engine = start
         self._identity = source.identity
         self._engine: Engine | None = None
-        self._checks: dict[tuple[str, Shape], SelfCheck] = {}
+        self._checks: dict[tuple[str, str, Shape], SelfCheck] = {}
         self._calibrations: dict[tuple[str, str], Calibration | None] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._times_kept = 0
+        # the caller's own processors and criteria by their cache keys: a stored request knows the keys alone
+        self._processors: dict[str, Any] = {}
+        self._criteria: dict[str, Callable[[int], Any]] = {}
+        self._told: set[str] = set()
+        self.passthrough: Any = None
+        """The transformers model of a client by name, where a call was handed to it."""
         self._asked = lru_cache(maxsize=65536)(self._ask)
         self._budgets: dict[tuple[int, tuple[int, ...]], GenerationParams] = {}
 
@@ -311,32 +335,111 @@ class Client:
     ) -> Completion | list[Completion]:
         """Return the completion of a prompt, or those of several in their order; equal ones are computed once.
 
-        ``params``: ``max_new_tokens`` (tokens, 64 unless given) and ``eos_token_id`` (the model's unless given).
+        ``params``: ``max_new_tokens`` (tokens, 64 unless given), ``eos_token_id`` (the model's unless given), and what
+        else ``stablegen.params.SUPPORTED`` names, with transformers' meaning. With ``do_sample=True`` a ``seed``, or
+        one for each prompt, makes an answer a function of the request; without one it is drawn and nothing is cached.
+        ``sample_index`` tells several samples of one prompt and seed apart.
         Bad input raises before anything runs. Where a part fails later, or a hit may not be served
         (``on_risk="raise"``), the rest is done and cached first; the error's ``completions`` hold it.
         """
         self._notice_changes()
-        parameters = self._params(params)
         if isinstance(prompts, str):
-            return self._run([self._asked(check_prompt(prompts), parameters)], progress)[0]
+            parameters, seeded = self._seeded(self._params(params))
+            return self._run([self._asked(check_prompt(prompts), parameters)], progress, cached=seeded)[0]
         items: Any = prompts
         if not isinstance(items, Sequence) or isinstance(items, bytes):
             check_prompt(items)
-        return self._run([self._asked(check_prompt(prompt), parameters) for prompt in prompts], progress)
+        seeds = params.get("seed")
+        if isinstance(seeds, Sequence):
+            check_seeds(seeds, len(prompts))
+            drawn = [(self._params(params | {"seed": seed}), True) for seed in seeds]
+        else:
+            shared = self._params(params)
+            drawn = [self._seeded(shared) for _ in prompts]
+        asked = [
+            self._asked(check_prompt(prompt), parameters)
+            for prompt, (parameters, _) in zip(prompts, drawn, strict=True)
+        ]
+        return self._run(asked, progress, cached=all(seeded for _, seeded in drawn))
+
+    @overload  # a text is a sequence of texts too, and is told apart first
+    def score(  # type: ignore[overload-overlap]
+        self, prompts: str, continuations: str, *, progress: Progress | None = None
+    ) -> Score: ...
+    @overload
+    def score(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        continuations: Sequence[str | Sequence[int]],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        continuations: str | Sequence[str | Sequence[int]],
+        *,
+        progress: Progress | None = None,
+    ) -> Score | list[Score]:
+        """Return how probable a continuation is after its prompt, or those of several pairs in their order.
+
+        Pairs are texts, which are tokenized together, or lists of token ids. Log-probabilities are natural and
+        float32, computed by the client's policy, and cached; equal pairs are computed once. A prompt has at least one
+        token, prompt and continuation at most one more than the model's context. Raises as ``complete`` does.
+        """
+        self._notice_changes()
+        if isinstance(prompts, str):
+            if not isinstance(continuations, str):
+                raise PromptError("score was given one prompt and no one text to continue it", accepted="two texts")
+            return self.score([prompts], [continuations], progress=progress)[0]
+        if len(prompts) != len(continuations):
+            raise PromptError(
+                f"score was given {len(prompts)} prompts and {len(continuations)} continuations", accepted="as many"
+            )
+        requests = [self._pair(*pair) for pair in zip(prompts, continuations, strict=True)]
+        found = self._run([(request.key, request) for request in requests], progress)
+        return [Score(one.record, one.cached, one.verdict) for one in found]
+
+    def _pair(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> Request:
+        """Return the request to score a continuation."""
+        text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, str) != isinstance(continuation, str):
+            raise PromptError("a prompt and its continuation are of two kinds", accepted="two texts, or two lists")
+        if isinstance(prompt, str):
+            ids = self.tokenizer.split(check_prompt(prompt), check_prompt(continuation))
+        else:
+            ids = check_ids(prompt), check_ids(continuation)
+        if not ids[1]:
+            raise PromptError("a continuation has no tokens", accepted="at least one token")
+        params = GenerationParams(max_new_tokens=len(ids[1]))
+        request = Request(ids[0], params, self._identity, self.tokenizer.digest, text, ids[1])
+        return check_fits(request, self._source.context, self._source.vocabulary)
 
     def request(self, prompt: str, **params: Any) -> Request:
         """Return the request that ``complete`` would make of a prompt; raise the same errors for bad input."""
         self._notice_changes()
-        return self._asked(check_prompt(prompt), self._params(params))[1]
+        parameters = self._params(params)
+        if parameters.do_sample and parameters.seed is None:
+            raise ParameterError("a sampled request has no seed", accepted="do_sample=True with a seed")
+        return self._asked(check_prompt(prompt), parameters)[1]
 
-    def run(self, requests: Iterable[Request], *, progress: Progress | None = None) -> list[Completion]:
+    def run(
+        self,
+        requests: Iterable[Request],
+        *,
+        progress: Progress | None = None,
+        cached: bool = True,
+        listen: Listener | None = None,
+    ) -> list[Completion]:
         """Return the completions of requests made by ``request`` or ``make_request``, in their order.
 
-        Raises ``InvalidRequestError`` for a request that was made for another model or tokenizer.
+        ``cached=False``: nothing is read from the cache nor kept. ``listen`` hears what is generated. Raises
+        ``InvalidRequestError`` for a request that was made for another model or tokenizer.
         """
         self._notice_changes()
         fitting = [self.check_mine(request) for request in requests]
-        return self._run([(request.key, request) for request in fitting], progress)
+        return self._run([(request.key, request) for request in fitting], progress, cached=cached, listen=listen)
 
     @overload  # a record is a tuple, and is told apart first
     def verify(  # type: ignore[overload-overlap]
@@ -401,7 +504,7 @@ class Client:
                 continue
             done, verdict = results[record.key], results[record.key].verdict
             if record is not hits[record.key]:  # another answer to the same request
-                check = self._check(self._identity, done.record.composition.shape)
+                check = self._check(self._identity, done.record.numerics, done.record.composition.shape)
                 verdict = compare(record, done.record, check=check)
             found.append(Verification(record, done.record, verdict))
         return found
@@ -424,7 +527,7 @@ class Client:
         groups: dict[str, dict[str, Record]] = {}
         for record in map(self._record_of, answers):
             self.check_mine(record.request)
-            if record.trace:
+            if record.trace and not record.request.continuation:
                 groups.setdefault(record.numerics.digest, {})[record.key] = record
         rounds = 1 if self.policy.promises else len(sizes)
         total, done = rounds * sum(map(len, groups.values())), 0
@@ -443,14 +546,14 @@ class Client:
                         done += 1
                         if progress is not None:
                             progress(done, total)
-                recorded = group[0].numerics
+                recorded, current = group[0].numerics, self.numerics_for(group[0].request)
                 try:
-                    made = fit(self._identity, recorded, self.numerics, pairs, prompts=len(group))
+                    made = fit(self._identity, recorded, current, pairs, prompts=len(group))
                 except CalibrationError as error:
                     failure = error
                     log.info("answers of %s do not calibrate: %s", recorded.summary(), error)
                     continue
-                name = _calibration_name(self._identity, recorded, self.numerics)
+                name = _calibration_name(self._identity, recorded, current)
                 self.store.put_calibration(name, made)
                 self._calibrations[self._identity.canonical, recorded.digest] = made
                 found.append(made)
@@ -481,18 +584,23 @@ class Client:
         return self.calibrate(answers, progress=lambda count, of: report(len(prompts) * (of + count) // of))
 
     def _led_along(
-        self, records: Sequence[Record], sizes: Sequence[int]
+        self, records: Sequence[Record], sizes: Sequence[int], observe: RowObserver | None = None
     ) -> Generator[tuple[Record, Trace], None, None]:
-        """Yield records, each with what this client's engine would have chosen at each of its steps."""
+        """Yield records, each with what this client's engine would have chosen at each of its steps.
+
+        ``observe`` sees the score row of each step.
+        """
         engine = self._engine
         if isinstance(engine, ForcingEngine):
-            with closing(engine.force([(record.request, record.token_ids) for record in records])) as forced:
+            answers = [(self.check_mine(record.request), record.token_ids) for record in records]
+            seen = None if observe is None else lambda slot, row: observe(records[slot].key, row)
+            with closing(engine.force(answers, seen)) as forced:
                 for place, trace in forced:
                     yield records[place], trace
             return
         assert isinstance(engine, FollowingEngine)
         by_key = {record.key: record for record in records}
-        requests = [record.request for record in records]
+        requests = [self.check_mine(record.request) for record in records]
         if self.policy.promises:
             batches = [(batch, 0) for batch in self.policy.plan(requests, engine.limits)]
         else:
@@ -500,26 +608,78 @@ class Client:
         for batch, known in batches:
             along = {slot: by_key[request.key].token_ids for slot, request in batch.requests}
             company = {request.key for slot, request in batch.requests if slot < known}
-            with closing(engine.follow(batch, along)) as followed:
+            keys = {slot: request.key for slot, request in batch.requests}
+            seen = None if observe is None else lambda slot, row, keys=keys: observe(keys[slot], row)
+            with closing(engine.follow(batch, along, seen)) as followed:
                 for generated in followed:
                     if generated.request.key not in company:
                         yield by_key[generated.request.key], generated.trace
 
-    def generate(self, inputs: torch.Tensor | None = None, **arguments: Any) -> Any:
-        """Generate as ``model.generate`` does, greedily: ids [B, prompt + new] or, asked for a dict, an output.
+    def score_rows(self, completions: Iterable[Completion]) -> dict[str, list[torch.Tensor]]:
+        """Return each answer's full score rows by its key: of each step the model's own [V] float32, on the device.
 
-        Takes ``input_ids``, ``attention_mask``, ``max_new_tokens``, ``eos_token_id``, ``pad_token_id``,
-        ``do_sample=False`` and ``return_dict_in_generate``; anything else raises ``UnsupportedParameterError``.
-        The output's ``completions`` carry records and verdicts.
+        They are not cached, but computed along the answer under the client's numerics.
         """
-        from stablegen.hf import generate
+        self._notice_changes()
+        records = list({one.key: one.record for one in completions}.values())
+        rows: dict[str, list[torch.Tensor]] = {record.key: [] for record in records}
+        with self._lock:
+            self._start()
+            sizes = () if self.policy.promises else (len(records),)
+            with closing(self._led_along(records, sizes, lambda key, row: rows[key].append(row.clone()))) as led:
+                for _ in led:
+                    pass
+        return rows
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **arguments: Any) -> Any:
+        """Generate as transformers' ``model.generate`` does, with the same arguments and the same kinds of result.
+
+        Besides them: ``seed`` (one, or one a row) and ``sample_index`` for sampling, and ``unsupported``: what happens
+        to arguments whose answers no policy makes stable, ``"raise"`` ``UnsupportedParameterError`` (the default) or
+        ``"passthrough"``, which hands the call to transformers, uncached. README lists every argument. An output asked
+        for by ``return_dict_in_generate`` has ``completions``, which carry records and verdicts.
+        """
+        from stablegen.hf.generate import generate
 
         self._notice_changes()
-        return generate(self, inputs, **arguments)
+        return generate(self, inputs, generation_config, **arguments)
 
-    def make_request(self, prompt_ids: Sequence[int], arguments: dict[str, Any]) -> Request:
-        """Return the request for prompt token ids and a caller's generation arguments."""
-        return Request(tuple(prompt_ids), self._params(arguments), self._identity, self.tokenizer.digest)
+    def make_request(
+        self,
+        prompt_ids: Sequence[int],
+        arguments: Mapping[str, Any],
+        *,
+        logits_processors: Mapping[str, Any] = _NOTHING,
+        stopping_criteria: Mapping[str, Callable[[int], Any]] = _NOTHING,
+    ) -> Request:
+        """Return the request for prompt token ids and a caller's generation arguments.
+
+        ``logits_processors`` and ``stopping_criteria``: the caller's own by their cache keys, the latter as what makes
+        one for a prompt of so many tokens.
+        """
+        self._processors |= logits_processors
+        self._criteria |= stopping_criteria
+        own = {"logits_processors": tuple(logits_processors), "stopping_criteria": tuple(stopping_criteria)}
+        params = self._params({**arguments, **{name: keys for name, keys in own.items() if keys}})
+        return Request(
+            tuple(prompt_ids),
+            params,
+            self._identity,
+            self.tokenizer.digest,
+            logits_processors=tuple(logits_processors.values()),
+            stopping_criteria=tuple(stopping_criteria.values()),
+        )
+
+    def tell_once(self, subject: str, message: str) -> None:
+        """Warn that something is not cached, once of each subject."""
+        if subject not in self._told:
+            self._told.add(subject)
+            warnings.warn(message, UncachedWarning, stacklevel=4)
+
+    @property
+    def source(self) -> ModelSource:
+        """Return the model as it can be asked about."""
+        return self._source
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -553,12 +713,16 @@ class Client:
 
     def judge(self, record: Record) -> Verdict:
         """Return the guard's verdict on a record under this client's numerics."""
-        check, calibration = None, None
-        if record.numerics.digest == self.numerics.digest:  # of others no promise is asked
-            check = self._check(record.request.model, record.composition.shape)
+        check, calibration, current = None, None, self.numerics_for(record.request)
+        if record.numerics.digest == current.digest:  # of others no promise is asked
+            check = self._check(record.request.model, current, record.composition.shape)
         if check is None or not check.passed or record.composition.slot:
             calibration = self.calibration(record)
-        return judge(record, self.numerics, check=check, accepted_risk=self.accepted_risk, calibration=calibration)
+        return judge(record, current, check=check, accepted_risk=self.accepted_risk, calibration=calibration)
+
+    def numerics_for(self, request: Request) -> Numerics:
+        """Return the numerics under which this client would answer a request."""
+        return self.numerics.processed if request.params.processed else self.numerics
 
     def calibration(self, record: Record) -> Calibration | None:
         """Return what was measured of the noise between a record's numerics and this client's, with its model."""
@@ -566,7 +730,7 @@ class Client:
         try:
             return self._calibrations[pair]
         except KeyError:
-            name = _calibration_name(record.request.model, record.numerics, self.numerics)
+            name = _calibration_name(record.request.model, record.numerics, self.numerics_for(record.request))
             found = self._calibrations[pair] = self.store.get_calibration(name)
             return found
 
@@ -583,7 +747,7 @@ class Client:
             self._start()
             assert self._engine is not None
             work = _Work()
-            check = self._measure(self.policy.shape(1, 1, self._engine.limits), work)
+            check = self._measure(self.numerics, self.policy.shape(1, 1, self._engine.limits), work)
             if work.failure is not None:
                 raise work.failure
             return check
@@ -627,7 +791,24 @@ class Client:
                 f"a request was made for {request.model.name!r}, not for {self._identity.name!r} as it is now",
                 accepted="requests made by this client's request() or make_request()",
             )
-        return request
+        return request if request.complete else self._completed(request)
+
+    def _completed(self, request: Request) -> Request:
+        """Return a stored request with the caller's own processors and criteria that its parameters name."""
+        params = request.params
+        unknown = [key for key in params.logits_processors if key not in self._processors]
+        unknown += [key for key in params.stopping_criteria if key not in self._criteria]
+        if unknown:
+            raise InvalidRequestError(
+                f"a request was made with processors or criteria of the caller's own, by their cache keys "
+                f"{', '.join(unknown)}, which this client has not seen",
+                hint="Generate with them once, then it knows them",
+            )
+        return replace(
+            request,
+            logits_processors=tuple(self._processors[key] for key in params.logits_processors),
+            stopping_criteria=tuple(self._criteria[key] for key in params.stopping_criteria),
+        )
 
     # -- one request's way -------------------------------------------------------------------------------------
 
@@ -653,27 +834,42 @@ class Client:
             self._budgets[budget, ends] = params
         return params
 
+    def _seeded(self, params: GenerationParams) -> tuple[GenerationParams, bool]:
+        """Return parameters with a seed where they want one, and whether the caller gave it."""
+        if not params.do_sample or params.seed is not None:
+            return params, True
+        self.tell_once("seed", NO_SEED)
+        return params.model_copy(update={"seed": secrets.randbits(63)}), False
+
     def _ask(self, prompt: str, params: GenerationParams) -> tuple[str, Request]:
         request = Request(self.tokenizer.encode(prompt), params, self._identity, self.tokenizer.digest, prompt)
         check_fits(request, self._source.context, self._source.vocabulary)
         return request.key, request
 
-    def _run(self, asked: list[tuple[str, Request]], progress: Progress | None) -> list[Completion]:
+    def _run(
+        self,
+        asked: list[tuple[str, Request]],
+        progress: Progress | None,
+        *,
+        cached: bool = True,
+        listen: Listener | None = None,
+    ) -> list[Completion]:
         results: dict[str, Completion] = {}
         kept = self._times_kept
-        work = self._look_up(asked, results)
+        work = self._look_up(asked, results) if cached else _Work(dict(asked), keeps=False)
         if work.requests:
             with self._lock:
                 try:
-                    if self._start():
+                    if self._start() and cached:
                         # the device is not what its metadata said: what was judged has to be judged again
                         results.clear()
                         work = self._look_up(asked, results)
-                    elif self._times_kept != kept:
+                    elif self._times_kept != kept and cached:
                         # another thread has computed meanwhile, and maybe what is missing here
                         before = work
                         work = self._look_up([(key, request) for key, request in before.requests.items()], results)
                         work.failure = before.failure or work.failure
+                    work.listen = listen
                     self._compute(work, results, progress)
                 except StablegenError as error:
                     work.fail(error)
@@ -716,32 +912,35 @@ class Client:
         for requests, check in self._by_shape(work):
             missing = requests
             if work.proves and check.passed and isinstance(self._engine, ForcingEngine):
-                # one pass over an answer says what a fresh run gives
-                there = [request for request in requests if request.key in work.hits]
+                # one pass over an answer says what a fresh run gives; a continuation is one pass as it is
+                there = [request for request in requests if request.key in work.hits and not request.continuation]
                 answers = [(request, work.hits[request.key].token_ids) for request in there]
                 self._collect(regenerate(self._engine, answers), work, results, report, how=ONE_PASS)
-                missing = [request for request in requests if request.key not in work.hits]
+                missing = [request for request in requests if request not in there]
             for batch in self.policy.plan(missing, replace(self._engine.limits, slot_free=check.slot_free)):
-                self._collect(self._engine.generate(batch), work, results, report)
+                self._collect(self._engine.generate(batch, None, _heard(work.listen, batch)), work, results, report)
 
     def _by_shape(self, work: _Work) -> Iterator[tuple[list[Request], SelfCheck]]:
         """Yield what is to be computed by the shape in which it runs, each measured before."""
         assert self._engine is not None
         limits = self._engine.limits
-        shapes: dict[Shape, list[Request]] = {}
+        shapes: dict[tuple[Numerics, Shape], list[Request]] = {}
         for request in work.requests.values():
-            shape = self.policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
-            shapes.setdefault(shape, []).append(request)
-        for shape, requests in shapes.items():
-            yield requests, self._check(self._identity, shape) or self._measure(shape, work)
+            kind = self.numerics_for(request), self.policy.shape_of(request, limits)
+            shapes.setdefault(kind, []).append(request)
+        for kind, requests in shapes.items():
+            yield requests, self._check(self._identity, *kind) or self._measure(*kind, work)
 
     def _replay(self, work: _Work) -> dict[str, Verdict]:
         """Return a verdict for each hit whose fragile steps, decoded again in their own shapes, gave its tokens."""
         assert self._engine is not None
         steps: dict[str, tuple[int, float]] = {}
         for key, hit in work.hits.items():
-            if hit.trace and hit.whole and hit.numerics.digest != self.numerics.digest:
-                risks = flip_probabilities(hit.trace, hit.numerics, self.numerics, self.calibration(hit))
+            current = self.numerics_for(hit.request)
+            if hit.request.continuation or not hit.whole:
+                continue
+            if hit.trace and hit.numerics.digest != current.digest:
+                risks = flip_probabilities(hit.trace, hit.numerics, current, self.calibration(hit))
                 count, rest = fragile_steps(risks)
                 if count < len(hit.trace):
                     steps[key] = max(count, 1), rest
@@ -794,13 +993,14 @@ class Client:
         record = Record(
             key=request.key,
             request=request,
-            text=self.tokenizer.decode(generated.trace.tokens),
+            text=self.tokenizer.decode(request.continuation or generated.trace.tokens),
             finish_reason=generated.finish_reason,
             trace=generated.trace,
-            numerics=self.numerics,
+            numerics=self.numerics_for(request),
             composition=generated.composition,
             created=time.time(),
             seconds=generated.seconds,
+            logprobs=generated.logprobs,
         )
         return record.superseding(work.hits.get(record.key))
 
@@ -810,7 +1010,7 @@ class Client:
             if old is None:
                 verdict, stands = self.judge(record), False
             else:
-                check = self._check(self._identity, record.composition.shape)
+                check = self._check(self._identity, record.numerics, record.composition.shape)
                 verdict = compare(old, record, check=check, how=how)
                 if verdict.flagged or self.judge(old).flagged:
                     work.flagged.append(self._hit(old, verdict))
@@ -838,27 +1038,24 @@ class Client:
                 return True
         return False
 
-    def _check_name(self, model: ModelIdentity, shape: Shape) -> str:
-        capacity = [] if shape.capacity is None else [str(shape.capacity)]
-        return ":".join((self.numerics.digest, *model.identity.values(), str(shape.width), *capacity))
-
-    def _check(self, model: ModelIdentity, shape: Shape) -> SelfCheck | None:
-        """Return what is known of the policy's promise under the client's numerics with a model."""
-        check = self._checks.get((model.canonical, shape))
+    def _check(self, model: ModelIdentity, numerics: Numerics, shape: Shape) -> SelfCheck | None:
+        """Return what is known of the policy's promise under numerics of the client's with a model."""
+        place = model.canonical, numerics.digest, shape
+        check = self._checks.get(place)
         if check is None:
-            check = self.store.get_check(self._check_name(model, shape))
+            check = self.store.get_check(check_name(model, numerics, shape))
             if check is not None:
-                self._checks[model.canonical, shape] = check
+                self._checks[place] = check
         return check
 
-    def _measure(self, shape: Shape, work: _Work) -> SelfCheck:
+    def _measure(self, numerics: Numerics, shape: Shape, work: _Work) -> SelfCheck:
         from stablegen.engine.self_check import self_check
 
         assert self._engine is not None
-        check = self_check(self._engine, self._source.vocabulary, *shape)
+        check = self_check(self._engine, self._source.vocabulary, *shape, processed=numerics is not self.numerics)
         if self.policy.promises:
             try:
-                self.store.put_check(self._check_name(self._identity, shape), check)
+                self.store.put_check(check_name(self._identity, numerics, shape), check)
             except CacheWriteError as error:
                 work.fail(error)
             if not check.passed:
@@ -868,7 +1065,7 @@ class Client:
                     PromiseWarning,
                     stacklevel=2,
                 )
-        self._checks[self._identity.canonical, shape] = check
+        self._checks[self._identity.canonical, numerics.digest, shape] = check
         return check
 
     # -- flagged hits ------------------------------------------------------------------------------------------
@@ -876,14 +1073,16 @@ class Client:
     def _flag(self, record: Record, verdict: Verdict, work: _Work) -> None:
         text = f"cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}"
         log.info("%s (key %s)", text, record.key)
-        if (record.key, self.numerics.digest) not in self._kept:
+        seen = record.key, self.numerics.digest
+        if seen not in self._kept:
             work.flagged.append(self._hit(record, verdict))
-            self._kept.add((record.key, self.numerics.digest))
+            self._kept.add(seen)
         if self.on_risk != "serve":
             warnings.warn(text, MarginWarning, stacklevel=5)
 
     def _hit(self, record: Record, verdict: Verdict) -> FlaggedHit:
         """Return a flagged hit as the store keeps it, with the two tokens as text."""
+        current = self.numerics_for(record.request)
         return FlaggedHit(
             key=record.key,
             app=self.app,
@@ -893,8 +1092,8 @@ class Client:
             runner_up=None if verdict.runner_up is None else self.tokenizer.token(verdict.runner_up),
             recorded=record.numerics.summary(),
             recorded_digest=record.numerics.digest,
-            current=self.numerics.summary(),
-            current_digest=self.numerics.digest,
+            current=current.summary(),
+            current_digest=current.digest,
             seen=time.time(),
         )
 
@@ -926,12 +1125,42 @@ def _full_batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Batc
         yield Batch(tuple(requests[first : first + size])), start - first
 
 
+def _heard(listen: Listener | None, batch: Batch) -> Callable[[int, int, Sequence[int]], None] | None:
+    """Return what hears a batch by slot, for one that hears by key."""
+    if listen is None:
+        return None
+    keys = {slot: request.key for slot, request in batch.requests}
+    return lambda slot, step, tokens: listen(keys[slot], step, tokens)
+
+
+def check_name(model: ModelIdentity, numerics: Numerics, shape: Shape) -> str:
+    """Return under which name the store keeps the self-check of a shape."""
+    scored = [] if shape.scored is None else ["scored", str(shape.scored)]
+    capacity = [] if shape.capacity is None else [str(shape.capacity)]
+    return ":".join((numerics.digest, *model.identity.values(), str(shape.width), *capacity, *scored))
+
+
 def _calibration_name(model: ModelIdentity, recorded: Numerics, current: Numerics) -> str:
     return ":".join((*model.identity.values(), recorded.digest, current.digest))
 
 
 def _shown(record: Record) -> str:
     return f"{record.request.prompt!r:.60}" if record.request.prompt else f"{record.key[:12]}"
+
+
+def check_ids(ids: Any) -> tuple[int, ...]:
+    """Return token ids as a tuple; raise ``PromptError`` for anything but whole numbers."""
+    if not isinstance(ids, Sequence) or not all(
+        isinstance(index, int) and not isinstance(index, bool) for index in ids
+    ):
+        raise PromptError(f"token ids are {ids!r:.80}", accepted="a list of whole numbers")
+    return tuple(ids)
+
+
+def check_seeds(seeds: Sequence[Any], rows: int) -> None:
+    """Raise ``ParameterError`` where seeds given one by one are not as many as what they are for."""
+    if isinstance(seeds, str) or len(seeds) != rows:
+        raise ParameterError(f"seed={seeds!r:.60} for {rows} rows", accepted="one seed, or one for each row")
 
 
 def open_store(cache_dir: str | Path | None, size_limit: int | None) -> Store:

@@ -7,7 +7,7 @@
     │   ├── PromptError              empty, or not a string or list of token ids
     │   ├── ContextLengthError       prompt, or prompt + max_new_tokens, does not fit the model
     │   ├── ParameterError           a generation parameter out of range
-    │   ├── UnsupportedParameterError  a parameter this version does not take
+    │   ├── UnsupportedParameterError  a parameter that no policy can make stable
     │   ├── AttentionMaskError       wrong shape, holes, or an empty row
     │   └── InputFileError           a line of an input file that cannot be read
     ├── PolicyError (ValueError)     unknown execution policy, or one the model cannot run under
@@ -32,7 +32,8 @@
     └── MissingPackageError          an optional package that is not installed
 
 Warnings: ``MarginWarning`` (a flagged hit), ``CacheEntryWarning`` (an entry was ignored, and why),
-``PromiseWarning`` (the self-check of a policy failed on this machine).
+``PromiseWarning`` (the self-check of a policy failed on this machine), ``UncachedWarning`` (an answer was not cached,
+and why).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class ParameterError(InvalidRequestError):
 
 
 class UnsupportedParameterError(InvalidRequestError):
-    """A generation parameter that this version does not take."""
+    """A generation parameter that is not taken, for no policy could make its answers stable."""
 
 
 class AttentionMaskError(InvalidRequestError):
@@ -193,3 +194,7 @@ class CacheEntryWarning(UserWarning):
 
 class PromiseWarning(UserWarning):
     """The self-check of a policy failed on this machine, so no hit is judged ``exact`` under it."""
+
+
+class UncachedWarning(UserWarning):
+    """An answer was not cached: sampled without a seed, or handed to transformers as it is."""

@@ -31,6 +31,8 @@ STATIC_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "olmo2", "phi", "qwen2",
 _FIXED_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
 """Rotary embeddings that do not look at how long the sequence has become."""
 _SDP = ("flash", "mem_efficient", "math", "cudnn")
+CHOOSING_VERSION = 1
+"""Raised whenever tokens would be chosen otherwise from the same processed scores, or other noise be drawn."""
 KERNEL_VERSIONS = {"triton": 2, "reference": 1}
 """Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
@@ -102,6 +104,12 @@ class Numerics(Frozen):
         """Return SHA-256, in hexadecimal, of the fields that apply."""
         fields = self.model_dump(mode="json", exclude_none=True)
         return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @cached_property
+    def processed(self) -> Numerics:
+        """Return the numerics of answers that are chosen from processed scores: transformers processes them."""
+        kernels = f"{self.kernels}+choosing/{CHOOSING_VERSION}"
+        return self.model_copy(update={"kernels": kernels, "transformers": version_of("transformers")})
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
         """Return the fields in which two numerics differ: name -> (self's value, other's value)."""

@@ -31,20 +31,23 @@ class Shape(NamedTuple):
 
     ``width`` is the padded length of the prompt in tokens; None where prompts are not padded to a common width
     (``single``, ``invariant``) or only to the longest of them (``native``). ``capacity`` is the length of the KV
-    cache in tokens; None where it grows with the answer.
+    cache in tokens; None where it grows with the answer. ``scored``: of how many positions at the end scores are
+    computed, where continuations are scored; 0 where that is each one's own length, None where nothing is scored.
     """
 
     width: int | None = None
     capacity: int | None = None
+    scored: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that run together: a request, or None for a filler row; ``width`` and ``capacity`` as in ``Shape``."""
+    """Rows that run together: a request, or None for a filler row; the rest as in ``Shape``."""
 
     rows: tuple[Request | None, ...]
     width: int | None = None
     capacity: int | None = None
+    scored: int | None = None
 
     @property
     def requests(self) -> list[tuple[int, Request]]:
@@ -96,6 +99,17 @@ class ExecutionPolicy(ABC):
         """Return the padded width in tokens of a prompt of ``length`` tokens; None where nothing is padded."""
         return None
 
+    def shape_of(self, request: Request, limits: Limits) -> Shape:
+        """Return the shape in which a request runs."""
+        if request.continuation:
+            return self.scoring_shape(len(request.given), len(request.continuation), limits)
+        return self.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
+
+    def scoring_shape(self, length: int, scored: int, limits: Limits) -> Shape:
+        """Return the shape in which ``scored`` tokens are scored, they and their prompt being ``length`` tokens."""
+        width = self.width(length, limits.context)
+        return Shape(width, None, 0 if width is None else min(-(-scored // BUCKET) * BUCKET, width))
+
     def shape(self, length: int, new: int, limits: Limits) -> Shape:
         """Return the shape in which a prompt of ``length`` tokens and at most ``new`` generated ones run."""
         width = self.width(length, limits.context)
@@ -117,7 +131,7 @@ class Single(ExecutionPolicy):
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
         """Return one batch a request."""
-        return [Batch((request,), *_shape(self, request, limits)) for request in requests]
+        return [Batch((request,), *self.shape_of(request, limits)) for request in requests]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +161,10 @@ class Padded(ExecutionPolicy):
         """Return batches of one shape each, short groups filled with filler rows."""
         buckets: dict[Shape, list[Request]] = {}
         for request in requests:
-            buckets.setdefault(_shape(self, request, limits), []).append(request)
+            buckets.setdefault(self.shape_of(request, limits), []).append(request)
         batches = []
         real = self.rows if limits.slot_free else 1
-        for shape, members in sorted(buckets.items()):
+        for shape, members in sorted(buckets.items(), key=lambda item: _sortable(item[0])):
             for start in range(0, len(members), real):
                 group = members[start : start + real]
                 batches.append(Batch((*group, *[None] * (self.rows - len(group))), *shape))
@@ -165,6 +179,10 @@ class Invariant(ExecutionPolicy):
     def spec(self) -> str:
         """Return ``invariant``."""
         return "invariant"
+
+    def scoring_shape(self, length: int, scored: int, limits: Limits) -> Shape:
+        """Return the one shape there is: one pass over any tokens gives what decoding them would."""
+        return Shape()
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
         """Return everything as one batch: the engine runs what fits, and composition cannot matter."""
@@ -183,12 +201,14 @@ class Native(ExecutionPolicy):
         return "native"
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
-        """Return everything as one batch."""
-        return [Batch(tuple(requests))] if requests else []
+        """Return everything as one batch, what is scored apart from what is generated."""
+        generated = [request for request in requests if not request.continuation]
+        scored = [request for request in requests if request.continuation]
+        return [Batch(tuple(rows)) for rows in (generated, scored) if rows]
 
 
-def _shape(policy: ExecutionPolicy, request: Request, limits: Limits) -> Shape:
-    return policy.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
+def _sortable(shape: Shape) -> tuple[int, ...]:
+    return tuple(-1 if part is None else part for part in shape)
 
 
 def load_policy(spec: str | ExecutionPolicy) -> ExecutionPolicy:

@@ -22,6 +22,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import fsum
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
@@ -30,8 +31,9 @@ from pydantic import Field
 from stablegen.errors import CacheSchemaError, CorruptEntryError
 from stablegen.frozen import Frozen
 from stablegen.numerics import Numerics
+from stablegen.params import GenerationParams
 from stablegen.policy import Shape
-from stablegen.request import SCHEMA, GenerationParams, ModelIdentity, Request, words
+from stablegen.request import SCHEMA, ModelIdentity, Request, words
 
 _Model = TypeVar("_Model", bound=Frozen)
 FinishReason = Literal["stop", "length"]
@@ -180,7 +182,7 @@ class Composition(NamedTuple):
     """How the batch of a run was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``.
 
     ``width`` is the padded prompt length in tokens; None where prompts were not padded. ``capacity`` is the length of
-    the KV cache in tokens; None where it was not fixed.
+    the KV cache in tokens; None where it was not fixed. ``scored`` as in ``Shape``.
     """
 
     rows: int
@@ -188,11 +190,12 @@ class Composition(NamedTuple):
     slot: int
     width: int | None = None
     capacity: int | None = None
+    scored: int | None = None
 
     @property
     def shape(self) -> Shape:
         """Return the shape in which the batch ran."""
-        return Shape(self.width, self.capacity)
+        return Shape(self.width, self.capacity, self.scored)
 
 
 class Record(NamedTuple):
@@ -200,7 +203,8 @@ class Record(NamedTuple):
 
     ``trace`` is None in a record that was made elsewhere and cannot be judged; ``untraced`` then holds its tokens.
     ``created`` is Unix time, ``seconds`` the time from the start of the batch. ``superseded`` is the record that this
-    one replaced, one level deep.
+    one replaced, one level deep. ``logprobs``: natural logarithms of the probability of each token of the request's
+    continuation, float32.
     """
 
     key: str
@@ -214,16 +218,21 @@ class Record(NamedTuple):
     seconds: float
     superseded: Record | None = None
     untraced: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Return the generated token ids, an end token included."""
+        """Return the generated token ids, an end token included; of a scored continuation, those of highest score."""
         return self.untraced if self.trace is None else self.trace.tokens
 
     @property
     def whole(self) -> bool:
         """Return whether the answer ends where its request lets it: with its only end token, or at its length."""
         params, tokens = self.request.params, self.token_ids
+        if self.request.continuation:
+            return len(tokens) == params.max_new_tokens
+        if self.finish_reason == "stop" and (params.stop_strings or params.stopping_criteria):
+            return params.eos_token_ids == () or not set(tokens[:-1]) & set(params.eos_token_ids)
         ends = [step for step, token in enumerate(tokens) if token in params.eos_token_ids]
         return ends == [len(tokens) - 1] if ends else len(tokens) == params.max_new_tokens
 
@@ -258,6 +267,8 @@ class Record(NamedTuple):
             "composition": self.composition._asdict(),
             "created": self.created,
             "seconds": self.seconds,
+            "continuation": self.request.continuation,
+            "logprobs": self.logprobs,
             "trace": trace,
             "superseded": None if self.superseded is None else self.superseded.to_dict(),
         }
@@ -321,6 +332,29 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Score(Completion):
+    """How probable a continuation is after its prompt; ``exact`` where scoring it again gives the same digits.
+
+    ``stable``: other digits, but the same tokens have the highest scores, as far as ``accepted_risk`` goes.
+    """
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Return the natural logarithm of each token's probability, float32."""
+        return self.record.logprobs
+
+    @property
+    def logprob(self) -> float:
+        """Return the natural logarithm of the continuation's probability: the sum, rounded once."""
+        return fsum(self.record.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether greedy decoding would give this continuation."""
+        return self.record.token_ids == self.record.request.continuation
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What came of verifying a cached answer: the ``record`` that was held against ``fresh``, a run of today.
 
@@ -344,13 +378,14 @@ class Verification:
 class SelfCheck(Frozen):
     """Whether a policy keeps its promise under one numerics with one model; ``checks`` says what was compared.
 
-    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width`` and ``capacity``:
-    the shape that was measured, as in ``Shape``.
+    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width``, ``capacity`` and
+    ``scored``: the shape that was measured, as in ``Shape``.
     """
 
     numerics: Numerics
     width: int | None = None
     capacity: int | None = None
+    scored: int | None = None
     passed: bool
     slot_free: bool = False
     checks: dict[str, str] = Field(default_factory=dict)
@@ -359,7 +394,7 @@ class SelfCheck(Frozen):
 def encode(record: Record) -> bytes:
     """Return a record's bytes."""
     request = record.request
-    own = {
+    own: dict[str, Any] = {
         "prompt": request.prompt,
         "tokenizer": request.tokenizer,
         "text": record.text,
@@ -369,6 +404,8 @@ def encode(record: Record) -> bytes:
         "created": record.created,
         "seconds": record.seconds,
     }
+    if request.continuation:
+        own |= {"continuation": request.continuation, "logprobs": record.logprobs}
     header = "\n".join(
         (
             request.params.model_dump_json(),
@@ -425,6 +462,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
                 _parse(ModelIdentity, model),
                 own["tokenizer"],
                 own["prompt"],
+                tuple(own.get("continuation", ())),
             ),
             own["text"],
             own["finish_reason"],
@@ -435,6 +473,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
             own["seconds"],
             decode(data[superseded_at:], own_key) if superseded_size else None,
             () if traced else _unpack("I", answer),
+            tuple(own.get("logprobs", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptEntryError(f"the entry cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""What was asked: parameters, request, and the key under which its answer is stored.
+"""What was asked: the request, and the key under which its answer is stored.
 
 The key holds what was asked and nothing of how it is computed: dtype, policy and device live in the record's
 ``Numerics``, so that a change of any of them is a hit to be judged, not a miss.
@@ -10,65 +10,17 @@ import hashlib
 import json
 import sys
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import ConfigDict
-
-from stablegen.errors import ContextLengthError, ParameterError, PromptError, UnsupportedParameterError
+from stablegen.errors import ContextLengthError, PromptError
 from stablegen.frozen import Frozen
+from stablegen.params import GenerationParams, check_named_ids
 
 SCHEMA = 1
 """Version of the key and of the record; a cache holding a newer one is refused."""
-
-SUPPORTED = ("max_new_tokens", "eos_token_id")
-DEFAULT_MAX_NEW_TOKENS = 64
-
-
-class GenerationParams(Frozen):
-    """What the caller asked for besides the prompt; decoding is greedy.
-
-    ``max_new_tokens``: tokens, at least 1. ``eos_token_ids``: ids that end an answer; the end token is its last.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    max_new_tokens: int
-    eos_token_ids: tuple[int, ...] = ()
-
-    @cached_property
-    def canonical(self) -> str:
-        """Return the JSON that goes into the key.
-
-        Optional parameters at their default are left out, so that a new one does not change every old key.
-        """
-        return _canonical_json(self.model_dump(mode="json", exclude_defaults=True))
-
-    @classmethod
-    def from_arguments(cls, arguments: dict[str, Any], *, eos_token_ids: tuple[int, ...]) -> GenerationParams:
-        """Return parameters from a caller's keyword arguments.
-
-        ``eos_token_ids`` are the model's own, used where the caller names none. Raises
-        ``UnsupportedParameterError`` for what this version does not take, ``ParameterError`` for bad values.
-        """
-        for name, value in arguments.items():
-            if name not in SUPPORTED:
-                raise UnsupportedParameterError(
-                    f"parameter {name}={value!r:.60} is not supported by this version",
-                    accepted=", ".join(SUPPORTED),
-                    hint="Decoding is greedy; leave the parameter out",
-                )
-        budget = arguments.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
-        if not isinstance(budget, int) or isinstance(budget, bool) or budget <= 0:
-            raise ParameterError(f"max_new_tokens={budget!r}", accepted="a whole number of tokens, at least 1")
-        eos = arguments.get("eos_token_id")
-        if eos is not None:
-            ids = list(eos) if isinstance(eos, list | tuple | set | frozenset) else [eos]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-                raise ParameterError(f"eos_token_id={eos!r}", accepted="a token id, or a list of token ids")
-            eos_token_ids = tuple(sorted(set(ids)))
-        return cls(max_new_tokens=budget, eos_token_ids=eos_token_ids)
 
 
 class ModelIdentity(Frozen):
@@ -100,7 +52,10 @@ class ModelIdentity(Frozen):
 class Request:
     """Prompt token ids, parameters, and the identity of model and tokenizer.
 
-    ``prompt`` is the text where the request was made as text. ``tokenizer`` is the tokenizer's digest.
+    ``prompt`` is the text where the request was made as text. ``tokenizer`` is the tokenizer's digest. With
+    ``continuation``, token ids, nothing is generated: what is asked is how probable it is after the prompt, and
+    ``params.max_new_tokens`` is its length. ``logits_processors`` are the caller's own, ``stopping_criteria`` make
+    the caller's own for a prompt of so many tokens; the key knows both by what ``params`` call them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -108,6 +63,20 @@ class Request:
     model: ModelIdentity
     tokenizer: str
     prompt: str | None = field(default=None, compare=False)
+    continuation: tuple[int, ...] = ()
+    logits_processors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    stopping_criteria: tuple[Callable[[int], Any], ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """Return whether it holds all the caller's own that its parameters name; a stored record's does not."""
+        named = len(self.params.logits_processors), len(self.params.stopping_criteria)
+        return named == (len(self.logits_processors), len(self.stopping_criteria))
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Return the token ids that are known before anything runs: of a continuation, all that is fed."""
+        return self.prompt_ids + self.continuation[:-1]
 
     def limited_to(self, steps: int) -> Request:
         """Return this request with so many new tokens at most."""
@@ -119,9 +88,10 @@ class Request:
         return hashlib.sha256(self.canonical()).hexdigest()
 
     def canonical(self) -> bytes:
-        """Return the canonical bytes: one line of JSON, then the prompt ids as little-endian 32-bit words."""
-        parts = f'"model":{self.model.canonical},"params":{self.params.canonical},"schema":{SCHEMA}'
-        return f'{{{parts},"tokenizer":"{self.tokenizer}"}}\n'.encode() + words(self.prompt_ids)
+        """Return the canonical bytes: one line of JSON, then the token ids as little-endian 32-bit words."""
+        scored = f'"continuation":{len(self.continuation)},' if self.continuation else ""
+        parts = f'{scored}"model":{self.model.canonical},"params":{self.params.canonical},"schema":{SCHEMA}'
+        return f'{{{parts},"tokenizer":"{self.tokenizer}"}}\n'.encode() + words(self.prompt_ids + self.continuation)
 
 
 def _canonical_json(content: dict[str, Any]) -> str:
@@ -167,13 +137,15 @@ def check_fits(request: Request, context: int, vocabulary: int) -> Request:
             accepted=f"prompts of at most {context - 1} tokens",
             hint="Shorten the prompt",
         )
-    if length + budget > context:
+    if length + budget > context + bool(request.continuation):  # the last token of a continuation is not fed
         raise ContextLengthError(
             f"a prompt of {length} tokens with max_new_tokens={budget} needs {length + budget} positions; "
             f"the model's context is {context}",
             accepted=f"max_new_tokens up to {context - length} for this prompt",
             hint="Shorten the prompt or ask for fewer tokens",
         )
-    if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
+    given = request.prompt_ids + request.continuation
+    if min(given) < 0 or max(given) >= vocabulary:
         raise PromptError("a prompt holds token ids outside the vocabulary", accepted=f"ids from 0 to {vocabulary - 1}")
+    check_named_ids(request.params, vocabulary)
     return request

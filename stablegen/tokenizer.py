@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from stablegen.checkpoint import DigestMemory
-from stablegen.errors import CheckpointError, ModelError
+from stablegen.errors import CheckpointError, ModelError, ParameterError, PromptError
 
 
 class Tokenizer:
-    """One tokenizer: ``digest`` identifies it in the request key."""
+    """One tokenizer, or none, which knows token ids alone; ``digest`` identifies it in the request key."""
 
     def __init__(self, backend: Any, digest: str, *, wrapped: Any = None) -> None:
         self._backend = backend
         self._wrapped = wrapped
+        self._made: Any = None
         self.digest = digest
+
+    @classmethod
+    def absent(cls) -> Tokenizer:
+        """Return what stands in where there is no tokenizer."""
+        return cls(None, "")
 
     @classmethod
     def from_file(cls, file: Path, memory: DigestMemory) -> Tokenizer:
@@ -32,7 +38,9 @@ class Tokenizer:
 
     @classmethod
     def from_object(cls, tokenizer: Any) -> Tokenizer:
-        """Return a wrapper around a transformers (fast) tokenizer or a ``tokenizers.Tokenizer``."""
+        """Return a wrapper around a transformers (fast) tokenizer, a ``tokenizers.Tokenizer``, or None."""
+        if tokenizer is None:
+            return cls.absent()
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "to_str"):
             raise ModelError(
@@ -45,18 +53,53 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a prompt."""
+        if self._backend is None:
+            raise PromptError(
+                f"the prompt {text!r:.60} is a text, and this client has no tokenizer",
+                accepted="token ids, by generate()",
+                hint="Give the client the model's tokenizer",
+            )
         if self._wrapped is not None:
             return tuple(self._wrapped(text)["input_ids"])
         return tuple(self._backend.encode(text).ids)
 
+    def split(self, prompt: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the token ids of a prompt and of what continues it, tokenized together.
+
+        White space at the prompt's end goes to the continuation, to which tokenizers give it; as lm-eval does it.
+        """
+        begin = len(prompt.rstrip())
+        head, whole = self.encode(prompt[:begin]), self.encode(prompt + continuation)
+        return head, whole[len(head) :]
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids, special tokens left out."""
+        """Return the text of generated ids, special tokens left out; none without a tokenizer."""
+        if self._backend is None:
+            return ""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def token(self, index: int) -> str:
-        """Return the text of one token as a person reads it, special tokens by name."""
+        """Return the text of one token as a person reads it, special tokens by name; its id without a tokenizer."""
+        if self._backend is None:
+            return str(index)
         text = str(self._backend.decode([index], skip_special_tokens=False))
         return text if text and "\ufffd" not in text else str(self._backend.id_to_token(index))
+
+    def for_transformers(self) -> Any:
+        """Return the tokenizer as transformers knows it; raise ``ParameterError`` where there is none."""
+        if self._backend is None:
+            raise ParameterError(
+                "stop_strings are texts, and this client has no tokenizer",
+                accepted="stop_strings with a tokenizer",
+                hint="Give the client the model's tokenizer",
+            )
+        if self._wrapped is not None:
+            return self._wrapped
+        if self._made is None:
+            from transformers import PreTrainedTokenizerFast
+
+            self._made = PreTrainedTokenizerFast(tokenizer_object=self._backend)
+        return self._made
 
 
 def _whole(backend: Any) -> Any:

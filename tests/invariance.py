@@ -38,9 +38,10 @@ from stablegen.engine.scheduler import Piece, Scheduler
 from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
 from stablegen.kernels.reference import ReferenceKernels, best_two
 from stablegen.numerics import Numerics, find_device, numerics_on
+from stablegen.params import GenerationParams
 from stablegen.policy import Batch, load_policy
 from stablegen.record import Trace
-from stablegen.request import GenerationParams, ModelIdentity, Request
+from stablegen.request import ModelIdentity, Request
 
 DTYPES = ("float32", "float16", "bfloat16")
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)

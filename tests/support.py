@@ -16,8 +16,9 @@ from typing import Any
 import stablegen
 from stablegen.client import Client
 from stablegen.numerics import Numerics
+from stablegen.params import GenerationParams
 from stablegen.record import Composition, Record, SelfCheck, Trace
-from stablegen.request import GenerationParams, ModelIdentity, Request
+from stablegen.request import ModelIdentity, Request
 
 TINY = Path(stablegen.__file__).parent / "models" / "tiny-gpt2"
 MODEL = ModelIdentity(source="digest", digest="5" * 64, name="some-model")

@@ -263,9 +263,9 @@ def test_what_is_left_over_is_measured_in_a_batch_of_the_same_size(
     widths = []
     follow = TransformersEngine.follow
 
-    def watched(engine: TransformersEngine, batch: Batch, answers: Any) -> Any:
+    def watched(engine: TransformersEngine, batch: Batch, *rest: Any) -> Any:
         widths.append(len(batch.rows))
-        return follow(engine, batch, answers)
+        return follow(engine, batch, *rest)
 
     monkeypatch.setattr(TransformersEngine, "follow", watched)
     with client(tmp_path, policy="native", dtype="bfloat16") as asking:

@@ -27,7 +27,7 @@ from support import (
 )
 
 import stablegen
-from stablegen.client import Client
+from stablegen.client import Client, check_name
 from stablegen.errors import (
     ConfigError,
     DeviceError,
@@ -68,10 +68,10 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
     def watch(kind: Any) -> None:
         generate = kind.generate
 
-        def watched(engine: Any, batch: Any, observe: Any = None) -> Iterator[Any]:
+        def watched(engine: Any, batch: Any, *rest: Any) -> Iterator[Any]:
             if all(asked.model.digest != "self-check" for _, asked in batch.requests):
                 seen.batches.append(batch)
-            return generate(engine, batch, observe)  # type: ignore[no-any-return]
+            return generate(engine, batch, *rest)  # type: ignore[no-any-return]
 
         monkeypatch.setattr(kind, "generate", watched)
 
@@ -478,7 +478,8 @@ def test_a_record_is_judged_by_the_check_of_its_own_model(tmp_path: Path, tokeni
     with Client(small_gpt2(), tokenizer, cache_dir=tmp_path) as other:
         made = other.complete("Hello", max_new_tokens=NEW)
         broken = SelfCheck(numerics=other.numerics, passed=False)
-        other.store.put_check(other._check_name(made.record.request.model, made.record.composition.shape), broken)
+        name = check_name(made.record.request.model, other.numerics, made.record.composition.shape)
+        other.store.put_check(name, broken)
     with Client(small_gpt2(n_layer=1), tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
         assert asking.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
         assert asking.numerics == made.record.numerics
@@ -657,7 +658,7 @@ def test_a_model_with_nan_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         Client(model, tokenizer, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("other", ["gpt2", None])
+@pytest.mark.parametrize("other", ["gpt2", 5])
 def test_what_is_not_a_tokenizer_is_refused(other: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a tokenizer of type"):
         Client(small_gpt2(), other, cache_dir=tmp_path)

@@ -14,7 +14,7 @@ from support import TINY, client, small_gpt2
 from tokenizers import Tokenizer
 
 from stablegen.client import Client
-from stablegen.errors import AttentionMaskError, ContextLengthError, PromptError, UnsupportedParameterError
+from stablegen.errors import AttentionMaskError, ContextLengthError, PromptError
 
 PROMPTS = ["Tell me about yourself.\nanswer : ", "What is your name?\nanswer : ", "Once upon a time", "No"]
 NEW = 8
@@ -154,7 +154,6 @@ def test_a_bad_mask_is_refused(mask: Any, told: str, asking: Client) -> None:
 @pytest.mark.parametrize(
     "ids",
     [
-        None,
         [[1, 2]],
         torch.tensor([1, 2]),
         torch.tensor([[1.0, 2.0]]),
@@ -165,7 +164,7 @@ def test_a_bad_mask_is_refused(mask: Any, told: str, asking: Client) -> None:
         torch.tensor([[1, -1]]),
         torch.tensor([[1, 2**40]]),
     ],
-    ids=["none", "list", "one row", "floats", "booleans", "no ids", "no rows", "too large", "negative", "huge"],
+    ids=["list", "one row", "floats", "booleans", "no ids", "no rows", "too large", "negative", "huge"],
 )
 def test_bad_ids_are_refused(ids: Any, asking: Client) -> None:
     with pytest.raises(PromptError):
@@ -176,15 +175,6 @@ def test_ids_given_twice_are_refused(asking: Client) -> None:
     ids = torch.tensor([[1, 2]])
     with pytest.raises(PromptError):
         asking.generate(ids, input_ids=ids + 1, max_new_tokens=1)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("do_sample", True), ("temperature", 0.7), ("num_beams", 4), ("streamer", object()), ("max_length", 9), ("no", 1)],
-)
-def test_what_is_not_supported_is_refused_by_name(name: str, value: Any, asking: Client) -> None:
-    with pytest.raises(UnsupportedParameterError, match=f"{name}="):
-        asking.generate(torch.tensor([[5, 6]]), **{name: value})
 
 
 def test_the_context_counts_tokens_and_not_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -57,14 +57,18 @@ NAMES = sorted(
         "Record",
         "RecordNotFoundError",
         "Request",
+        "Score",
         "SelfCheck",
         "Single",
         "StablegenError",
         "Trace",
+        "UncachedWarning",
         "UnsupportedParameterError",
         "Verdict",
         "Verification",
         "load_policy",
+        "restore",
+        "stabilize",
     ]
 )
 ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}

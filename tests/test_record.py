@@ -14,8 +14,9 @@ from support import MODEL, numerics, record, request, trace, untraced
 
 from stablegen.errors import CacheSchemaError, CorruptEntryError
 from stablegen.numerics import Numerics
+from stablegen.params import GenerationParams
 from stablegen.record import Completion, Composition, Record, Trace, Verdict, decode, encode
-from stablegen.request import SCHEMA, GenerationParams, ModelIdentity, Request
+from stablegen.request import SCHEMA, ModelIdentity, Request
 
 words = st.integers(0, 2**32 - 1)
 floats = st.floats(width=32, allow_nan=False)

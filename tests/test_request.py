@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support import MODEL, client, python, request
 
 from stablegen.errors import ContextLengthError, ParameterError, PromptError, UnsupportedParameterError
-from stablegen.request import SCHEMA, GenerationParams, ModelIdentity, Request, check_fits, check_prompt
+from stablegen.params import GenerationParams
+from stablegen.request import SCHEMA, ModelIdentity, Request, check_fits, check_prompt
 
 # small pools, so that equal pairs come up as well as unequal ones
 ids = st.lists(st.sampled_from([0, 1, 255, 256, 2**31, 2**32 - 1]), min_size=1, max_size=3).map(tuple)
@@ -49,7 +50,8 @@ def test_the_key_is_the_sha256_of_the_canonical_bytes() -> None:
 def test_the_key_is_the_same_in_another_process() -> None:
     code = """
 import json
-from stablegen.request import GenerationParams, ModelIdentity, Request
+from stablegen.params import GenerationParams
+from stablegen.request import ModelIdentity, Request
 model = ModelIdentity(source="digest", digest="5" * 64)
 print(json.dumps(Request((1, 2, 3), GenerationParams(max_new_tokens=4), model, "7" * 64).key))
 """
@@ -116,7 +118,7 @@ def test_parameters_left_out_are_resolved() -> None:
     assert GenerationParams.from_arguments({"eos_token_id": []}, eos_token_ids=(5,)).eos_token_ids == ()
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, "8", True, None])
+@pytest.mark.parametrize("value", [0, -1, 1.0, "8", True])
 def test_a_bad_budget_is_refused(value: object) -> None:
     with pytest.raises(ParameterError, match=f"max_new_tokens={value!r}.*at least 1"):
         GenerationParams.from_arguments({"max_new_tokens": value}, eos_token_ids=())
@@ -128,9 +130,9 @@ def test_bad_end_tokens_are_refused(value: object) -> None:
         GenerationParams.from_arguments({"eos_token_id": value}, eos_token_ids=())
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "do_sample", "num_beams", "stop", "max_tokens"])
+@pytest.mark.parametrize("name", ["num_beams", "stop", "max_tokens"])
 def test_an_unsupported_parameter_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UnsupportedParameterError, match=f"{name}=1 .*max_new_tokens, eos_token_id"):
+    with pytest.raises(UnsupportedParameterError, match=f"{name}=1 is not supported.*max_new_tokens, min_new_tokens"):
         GenerationParams.from_arguments({name: 1}, eos_token_ids=())
 
 

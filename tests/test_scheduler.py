@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from stablegen.engine.kv_cache import KVCache
 from stablegen.engine.scheduler import Piece, Row, Scheduler, Task
 from stablegen.kernels.base import PAGE
-from stablegen.request import GenerationParams, ModelIdentity, Request
+from stablegen.params import GenerationParams
+from stablegen.request import ModelIdentity, Request
 
 END = 50
 

@@ -149,14 +149,21 @@ def test_flagged_hits_are_settled_without_a_step_of_decoding(tmp_path: Path, mon
     with client(tmp_path / "old", policy="native", dtype="bfloat16") as asking:
         asking.complete(PROMPTS, max_new_tokens=NEW)
     decoded: list[int] = []
+    resume = GPT2Engine.resume
+
+    def watched(engine: Any, begun: Any) -> Any:
+        decoded.extend(
+            asked.params.max_new_tokens - len(tokens) for asked, tokens in begun if asked.model.digest != "self-check"
+        )
+        return resume(engine, begun)
+
+    def refused(engine: Any, batch: Any, *rest: Any) -> Any:
+        assert all(asked.model.digest == "self-check" for _, asked in batch.requests)
+        return generate(engine, batch, *rest)
+
     generate = GPT2Engine.generate
-
-    def watched(engine: Any, batch: Any, observe: Any = None) -> Any:
-        if all(asked.model.digest != "self-check" for _, asked in batch.requests):
-            decoded.extend(asked.params.max_new_tokens for _, asked in batch.requests)
-        return generate(engine, batch, observe)
-
-    monkeypatch.setattr(GPT2Engine, "generate", watched)
+    monkeypatch.setattr(GPT2Engine, "generate", refused)
+    monkeypatch.setattr(GPT2Engine, "resume", watched)
     with client(tmp_path / "old", policy="invariant", on_risk="verify", accepted_risk=0.0) as later:
         found = later.complete(PROMPTS, max_new_tokens=NEW)
         for done, true in zip(found, truth, strict=True):
@@ -206,9 +213,9 @@ def test_only_as_much_is_replayed_as_is_fragile(tmp_path: Path, monkeypatch: pyt
         decoded: list[int] = []
         generate = TransformersEngine.generate
 
-        def watched(engine: Any, batch: Any, observe: Any = None) -> Any:
+        def watched(engine: Any, batch: Any, *rest: Any) -> Any:
             decoded.extend(asked.params.max_new_tokens for _, asked in batch.requests)
-            return generate(engine, batch, observe)
+            return generate(engine, batch, *rest)
 
         monkeypatch.setattr(TransformersEngine, "generate", watched)
         assert asking.verify(wide).fresh is None
@@ -237,8 +244,8 @@ def test_other_policies_recompute(tmp_path: Path, truth: Record, policy: str) ->
 def test_a_policy_that_broke_its_promise_proves_nothing(tmp_path: Path, truth: Record, monkeypatch: Any) -> None:
     from stablegen.engine import self_check as module
 
-    def broken(engine: Any, *shape: Any) -> Any:
-        return check(engine, *shape).model_copy(update={"passed": False, "checks": {"slot": "differs"}})
+    def broken(engine: Any, *shape: Any, **how: Any) -> Any:
+        return check(engine, *shape, **how).model_copy(update={"passed": False, "checks": {"slot": "differs"}})
 
     check = module.self_check
     monkeypatch.setattr(module, "self_check", broken)
@@ -286,9 +293,12 @@ class Forcing:
         yield from self.forced.items()
         raise self.error
 
-    def generate(self, batch: Any, observe: Any = None) -> Any:
-        assert not batch.rows
+    def resume(self, begun: Any) -> Any:
+        assert not begun
         yield from ()
+
+    def stopper(self, request: Any) -> None:
+        return None
 
 
 def test_answers_whose_scores_are_no_numbers_fail_after_the_others(truth: Record) -> None:

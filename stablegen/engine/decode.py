@@ -1,4 +1,4 @@
-"""Greedy decoding, one step a time, over any forward pass."""
+"""Decoding, one step a time, over any forward pass."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Protocol, TypeVar
 
 import torch
 
-from stablegen.engine.base import Follow, Generated, Observer
+from stablegen.engine.base import Follow, Generated, Listener, Observer, Stopper
+from stablegen.engine.choosing import Choosers
 from stablegen.errors import DeviceMemoryError, NonFiniteScoresError, NumericsChangedError
 from stablegen.kernels.base import BestTwo
 from stablegen.numerics import Numerics, attention_backends, reduced_precision, torch_matmul_precision
@@ -42,6 +44,7 @@ class _Row:
     request: Request
     followed: Sequence[int] = ()
     """Token ids that are fed in place of those chosen."""
+    stops: Stopper | None = None
     tokens: list[int] = field(default_factory=list)
     runner_ups: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -50,7 +53,9 @@ class _Row:
 
     def finish_reason(self) -> FinishReason | None:
         params = self.request.params
-        if self.tokens[-1] in params.eos_token_ids and not self.followed:
+        if not self.followed and (
+            self.tokens[-1] in params.eos_token_ids or (self.stops is not None and self.stops(self.tokens))
+        ):
             return "stop"
         return "length" if len(self.tokens) == (len(self.followed) or params.max_new_tokens) else None
 
@@ -58,24 +63,39 @@ class _Row:
         return self.followed[len(self.tokens) - 1] if self.followed else self.tokens[-1]
 
     def trace(self) -> Trace:
-        unsigned = [value & 0xFFFFFFFFFFFFFFFF for value in self.hashes]
-        return Trace.of(self.tokens, self.runner_ups, self.scores, self.runner_up_scores, unsigned)
+        return Trace.of(self.tokens, self.runner_ups, self.scores, self.runner_up_scores, unsigned(self.hashes))
+
+
+def unsigned(hashes: Sequence[int]) -> list[int]:
+    """Return 64-bit hashes as a trace keeps them."""
+    return [value & 0xFFFFFFFFFFFFFFFF for value in hashes]
 
 
 class Answers:
     """The answers of a batch as they grow; ``live`` are the slots that still do.
 
-    ``follow``, by slot: token ids that are fed in place of those chosen, to their end.
+    ``follow``, by slot: token ids that are fed in place of those chosen, to their end. ``stopper`` makes what ends a
+    request's answer besides its end tokens, ``listen`` hears every token.
     """
 
-    def __init__(self, batch: Batch, capacity: int | None = None, follow: Follow | None = None) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        capacity: int | None = None,
+        follow: Follow | None = None,
+        *,
+        stopper: Callable[[Request], Stopper | None] = lambda _: None,
+        listen: Listener | None = None,
+    ) -> None:
         self._batch = batch
         self._capacity = capacity
+        self._listen = listen
         follow = follow or {}
-        self._rows = {slot: _Row(request, follow.get(slot, ())) for slot, request in batch.requests}
+        self._rows = {slot: _Row(request, follow.get(slot, ()), stopper(request)) for slot, request in batch.requests}
         self._failed: list[tuple[Request, int]] = []
         self._started = time.perf_counter()
         self.live = list(self._rows)
+        self.led = bool(follow)
 
     def newest(self) -> list[int]:
         """Return the token that each live slot is fed next."""
@@ -99,6 +119,8 @@ class Answers:
             row.scores.append(score)
             row.runner_up_scores.append(runner_up_score)
             row.hashes.append(hash_value)
+            if self._listen is not None:
+                self._listen(slot, len(row.tokens) - 1, [token])
             reason = row.finish_reason()
             if reason is None:
                 continue
@@ -135,26 +157,32 @@ def decode(
     batch: Batch,
     device: torch.device,
     best_two: Callable[[torch.Tensor], BestTwo],
+    answers: Answers,
+    choosers: Choosers,
     observe: Observer | None = None,
-    follow: Follow | None = None,
 ) -> Generator[Generated, None, None]:
     """Yield each request of a batch as it finishes; a row that fails is reported when the others are done.
 
-    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass. ``follow`` as in ``Answers``.
+    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass.
     """
-    answers = Answers(batch, follow=follow)
     forward = run_on(device, batch, prepare)
     scores = run_on(device, batch, lambda: forward.prefill(answers.live))
-    while True:
+
+    for step in count():
         if observe is not None:
             for slot, row_scores in zip(answers.live, scores, strict=True):
                 observe(slot, row_scores)
-        best = run_on(device, batch, partial(best_two, scores))
+        refine = partial(choosers.refine, scores=scores, slots=list(answers.live), step=step)
+        best = run_on(device, batch, partial(_chain, partial(best_two, scores), refine))
         yield from answers.add(list(answers.live), best)
         if not answers.live:
             break
         scores = run_on(device, batch, lambda: forward.step(answers.newest(), answers.live))
     answers.check()
+
+
+def _chain(first: Callable[[], _T], then: Callable[[_T], _T]) -> _T:
+    return then(first())
 
 
 def run_on(device: torch.device, batch: Batch, action: Callable[[], _T]) -> _T:

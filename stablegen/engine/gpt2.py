@@ -24,20 +24,24 @@ import numpy as np
 import torch
 
 from stablegen.checkpoint import check_invariant
-from stablegen.engine.base import Generated, Observer
+from stablegen.engine.base import Answer, Generated, Listener, Observer, Stopper
+from stablegen.engine.choosing import Chooser, choose, upload
 from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.decode import check_flags, computing, cpu_threads, raise_failed
 from stablegen.engine.kv_cache import TICKS, KVCache
 from stablegen.engine.packed import PackedPasses
 from stablegen.engine.scheduler import Piece, Row, Scheduler, Task
 from stablegen.engine.steps import Steps
+from stablegen.engine.stopping import stopper_for
 from stablegen.engine.weights import check_finite
 from stablegen.errors import CheckpointError, DeviceMemoryError, EngineError
 from stablegen.kernels.base import LOG_WIDTH, PAGE, KernelSet, Linear, Norm, Rows
+from stablegen.kernels.reference import log_probs, words_of
 from stablegen.numerics import Numerics
 from stablegen.policy import Batch, Limits
 from stablegen.record import Composition, Trace
 from stablegen.request import Request
+from stablegen.tokenizer import Tokenizer
 
 CHUNK = {"cuda": 4096, "cpu": 2048}
 """Tokens of one pass at most, by device: longer prefills are cut, which moves no bit."""
@@ -191,6 +195,7 @@ class GPT2Engine:
         chunk: int | None = None,
         kv_cache_size: int | None = None,
         graphs: bool = True,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         kind = model.device.type
         self.model = model
@@ -201,6 +206,7 @@ class GPT2Engine:
         self.choices = max(CHOICES[kind], self.max_rows)
         self.kv_cache_size = kv_cache_size or DEFAULT_KV_CACHE[kind]
         self.graphs = graphs
+        self.tokenizer = tokenizer or Tokenizer.absent()
         self._lock = threading.RLock()
         self._running = False
         self._memory: _Memory | None = None
@@ -232,38 +238,60 @@ class GPT2Engine:
             if self._memory is not None:
                 self._memory.cache.forget()
 
-    def generate(self, batch: Batch, observe: Observer | None = None) -> Generator[Generated, None, None]:
+    def generate(
+        self, batch: Batch, observe: Observer | None = None, listen: Listener | None = None
+    ) -> Generator[Generated, None, None]:
         """Yield each request of the batch as it finishes.
 
         Where the device's memory does not suffice, fewer rows and shorter chunks run at once; no answer changes by it.
         Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``,
         ``DeviceMemoryError`` where not even one row fits.
         """
-        started = time.perf_counter()
-        tasks = (Task(slot, request) for slot, request in batch.requests)
-        with closing(self._run(tasks, observe)) as rows:
-            for row in rows:
-                assert row.finish_reason is not None
-                yield Generated(
-                    row.request,
-                    _trace(row),
-                    row.finish_reason,
-                    Composition(len(batch.rows), len(batch.requests), row.slot, batch.width),
-                    time.perf_counter() - started,
-                )
+        tasks = [Task(slot, request, request.continuation) for slot, request in batch.requests]
+        return self._generate(tasks, len(batch.rows), observe, listen)
 
-    def force(self, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> Generator[tuple[int, Trace], None, None]:
+    def resume(self, begun: Sequence[Answer]) -> Generator[Generated, None, None]:
+        """Yield what follows the beginnings of answers, at whose steps nothing is computed but keys and values."""
+        tasks = [Task(place, request, begun=tokens) for place, (request, tokens) in enumerate(begun)]
+        return self._generate(tasks, len(tasks))
+
+    def force(
+        self, answers: Sequence[Answer], observe: Observer | None = None
+    ) -> Generator[tuple[int, Trace], None, None]:
         """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
 
         An answer's tokens are computed with its prompt, all at once, and that gives the very scores that decoding them
         one by one would. So an answer whose tokens are chosen again is what a fresh run gives; of any other, the steps
         up to the first that differs are a fresh run's, and that one's token is how it goes on. Raises as ``generate``.
         """
-        with closing(self._run(Task(place, *answer) for place, answer in enumerate(answers))) as rows:
+        tasks = [Task(place, *answer) for place, answer in enumerate(answers)]
+        with closing(self._run(tasks, observe)) as rows:
             for row in rows:
                 yield row.slot, _trace(row)
 
-    def _run(self, tasks: Iterable[Task], observe: Observer | None = None) -> Generator[Row, None, None]:
+    def stopper(self, request: Request) -> Stopper | None:
+        """Return what ends a request's answer besides its end tokens and its length; None where nothing does."""
+        return stopper_for(request, self.tokenizer)
+
+    def _generate(
+        self, tasks: Sequence[Task], rows: int, observe: Observer | None = None, listen: Listener | None = None
+    ) -> Generator[Generated, None, None]:
+        started = time.perf_counter()
+        with closing(self._run(tasks, observe, listen)) as finished:
+            for row in finished:
+                assert row.finish_reason is not None
+                yield Generated(
+                    row.request,
+                    _trace(row),
+                    row.finish_reason,
+                    Composition(rows, len(tasks), row.slot),
+                    time.perf_counter() - started,
+                    tuple(torch.cat(row.logprobs).tolist()) if row.logprobs else (),
+                )
+
+    def _run(
+        self, tasks: Iterable[Task], observe: Observer | None = None, listen: Listener | None = None
+    ) -> Generator[Row, None, None]:
         """Yield the rows of tasks as they finish, one call at a time."""
         check_flags(self.numerics)
         with self._lock:
@@ -273,13 +301,14 @@ class GPT2Engine:
                 )
             self._running = True
             try:
-                yield from self._finish({task.slot: task for task in tasks}, observe)
+                yield from self._finish({task.slot: task for task in tasks}, observe, listen)
             finally:
                 self._running = False
 
-    def _finish(self, tasks: dict[int, Task], observe: Observer | None) -> Iterator[Row]:
+    def _finish(self, tasks: dict[int, Task], observe: Observer | None, listen: Listener | None) -> Iterator[Row]:
         failed: list[tuple[Request, int]] = []
         asked = len(tasks)
+        shown = observe is not None or any(map(_wants_scores, tasks.values()))
         while tasks:
             lacking: torch.OutOfMemoryError | None = None
             memory = self._reserve()
@@ -292,15 +321,17 @@ class GPT2Engine:
                     )
             run = _Run(
                 self,
-                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=self.choices),
+                # a pass that shows its scores logs where the others do
+                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=cache.slots if shown else self.choices),
                 memory,
                 observe,
+                listen,
             )
             try:
                 for row in run:
                     del tasks[row.slot]
                     if row.failed:
-                        failed.append((row.request, row.steps - 1))
+                        failed.append((row.request, len(row.task.begun) + row.steps - 1))
                     else:
                         yield row
             except torch.OutOfMemoryError as error:
@@ -385,7 +416,14 @@ class _Look:
 class _Run:
     """One batch on its way through the engine."""
 
-    def __init__(self, engine: GPT2Engine, scheduler: Scheduler, memory: _Memory, observe: Observer | None) -> None:
+    def __init__(
+        self,
+        engine: GPT2Engine,
+        scheduler: Scheduler,
+        memory: _Memory,
+        observe: Observer | None,
+        listen: Listener | None,
+    ) -> None:
         self._engine = engine
         self._model = engine.model
         self._scheduler = scheduler
@@ -393,6 +431,9 @@ class _Run:
         self._steps = memory.steps
         self._packed = memory.packed
         self._observe = observe
+        self._listen = listen
+        self._choosers: dict[int, Chooser] = {}
+        self._stoppers: dict[int, Stopper | None] = {}
         self._tick = 0
         self._unread: list[list[Piece]] = []  # of each pass whose log was not sent for, what chose
         self._looks: deque[_Look] = deque()
@@ -421,7 +462,8 @@ class _Run:
         self._cache.upload()
         pieces, times = self._scheduler.compose()
         chosen = [piece for piece in pieces if piece.choices]
-        vocabulary = None if self._observe is None else self._model.vocabulary
+        shown = self._observe is not None or any(_wants_scores(piece.row.task) for piece in chosen)
+        vocabulary = self._model.vocabulary if shown else None
         if _width(chosen) > self._cache.slots:
             self._wide(pieces, chosen)
             self._scheduler.count(pieces, 1)
@@ -431,18 +473,53 @@ class _Run:
             scores = self._packed.run(pieces, self._tick, vocabulary)
             self._steps.forget()
         else:
-            times = 1 if self._observe else min(times, READ_EVERY - len(self._unread))
+            times = 1 if shown else min(times, READ_EVERY - len(self._unread))
             slots = tuple(piece.row.lease.slot for piece in chosen)
             for i in range(times):
                 scores = self._steps.run(slots, self._tick + i, vocabulary)
+        if shown and scores is not None:
+            self._look_at(scores, chosen)
         self._scheduler.count(pieces, times)
         if chosen:
             self._unread += [chosen] * times
             self._tick += times
-        if self._observe is not None and scores is not None:
-            slots = tuple(piece.row.slot for piece in chosen for _ in range(piece.choices))
-            for slot, row_scores in zip(slots, scores, strict=False):  # a bucket may hold more rows
-                self._observe(slot, row_scores)
+
+    def _look_at(self, scores: torch.Tensor, chosen: list[Piece]) -> None:
+        """Do what the pass's score rows [R, V] are wanted for: be observed, score continuations, choose tokens."""
+        choosers: list[Chooser] = []
+        steps: list[int] = []
+        places: list[int] = []
+        fed: list[int] = []  # of the places, those whose token is the slot's newest
+        slots: list[int] = []
+        first = 0
+        for piece in chosen:
+            row, request, own = piece.row, piece.row.request, scores[first : first + piece.choices]
+            if self._observe is not None:
+                for row_scores in own:
+                    self._observe(row.slot, row_scores)
+            if request.continuation:
+                tokens = request.continuation[row.scheduled : row.scheduled + piece.choices]
+                row.logprobs.append(log_probs(own, upload(tokens, scores.device)))
+            elif request.params.processed:
+                if row.slot not in self._choosers:
+                    self._choosers[row.slot] = Chooser(request, scores.device, row.task.answer, row.task.begun)
+                begun = len(row.task.begun) + row.scheduled
+                if not row.task.answer:
+                    fed.append(len(places))
+                    slots.append(row.lease.slot)
+                choosers += [self._choosers[row.slot]] * piece.choices
+                steps += range(begun, begun + piece.choices)
+                places += range(first, first + piece.choices)
+            first += piece.choices
+        if choosers:
+            at = upload(places, scores.device)
+            log = self._cache.log[self._tick % TICKS]
+            hashes = log[at, 4:6].contiguous().view(torch.int64)[:, 0]
+            best = choose(choosers, scores[at], steps, hashes)
+            log.index_copy_(0, at, words_of(best))
+            if fed:
+                newest = best.tokens[upload(fed, scores.device), 0]
+                self._cache.newest.index_copy_(0, upload(slots, scores.device), newest.int())
 
     def _wide(self, pieces: Sequence[Piece], chosen: list[Piece]) -> None:
         """Run a pass that chooses more tokens than the log has rows, and so logs elsewhere."""
@@ -496,9 +573,23 @@ class _Run:
                     logged[:, place : place + piece.choices],
                 )  # a pass that repeats has one choice a row
                 place += piece.choices
-                if not row.finished and row.read(own.reshape(-1, LOG_WIDTH), notable):
+                if row.finished:
+                    continue
+                if row.slot not in self._stoppers:
+                    stops = None if row.task.answer else self._engine.stopper(row.request)
+                    self._stoppers[row.slot] = stops
+                ended = row.read(own.reshape(-1, LOG_WIDTH), notable, self._stoppers[row.slot])
+                if self._listen is not None and not row.failed:
+                    heard = row.logged[-1][:, 0].tolist()
+                    self._listen(row.slot, row.steps - len(heard), heard)
+                if ended:
                     self._scheduler.drop(row)
                     yield row
+
+
+def _wants_scores(task: Task) -> bool:
+    """Return whether score rows are wanted of a task, to choose from or to score its continuation by."""
+    return task.request.params.processed or bool(task.request.continuation)
 
 
 def _width(chosen: Sequence[Piece]) -> int:

@@ -21,16 +21,23 @@ from stablegen.kernels.base import KernelSet
 from stablegen.kernels.vendor import VendorKernels
 from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
 from stablegen.policy import Invariant, load_policy
+from stablegen.tokenizer import Tokenizer
 
 
-def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str, kv_cache_size: int | None = None) -> Engine:
+def load_engine(
+    checkpoint: Checkpoint,
+    planned: Numerics,
+    device: str,
+    kv_cache_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Engine:
     """Return the engine for ``planned`` over a checkpoint's weights, on torch's ``device``.
 
     Its ``numerics`` are what torch reports. Raises ``CheckpointError`` for weights that are damaged, incomplete or
     not finite, ``DeviceError`` where torch cannot use the device.
     """
     try:
-        return _load(checkpoint, planned, torch_device(device), kv_cache_size)
+        return _load(checkpoint, planned, torch_device(device), kv_cache_size, tokenizer)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"the model {checkpoint.identity.name} did not fit into the memory of {device}",
@@ -38,26 +45,38 @@ def load_engine(checkpoint: Checkpoint, planned: Numerics, device: str, kv_cache
         ) from error
 
 
-def _load(checkpoint: Checkpoint, planned: Numerics, target: torch.device, kv_cache_size: int | None) -> Engine:
+def _load(
+    checkpoint: Checkpoint,
+    planned: Numerics,
+    target: torch.device,
+    kv_cache_size: int | None,
+    tokenizer: Tokenizer | None,
+) -> Engine:
     policy = load_policy(planned.policy)
     dtype = getattr(torch, planned.dtype)
     if isinstance(policy, Invariant):
         tensors = _read_weights(checkpoint)
         model = GPT2(checkpoint.config, tensors, kernels_for(target), dtype=dtype, device=target)
-        return GPT2Engine(model, observed(planned, target), kv_cache_size=kv_cache_size)
-    loaded = _load_transformers(checkpoint, dtype, target)
+        return GPT2Engine(model, observed(planned, target), kv_cache_size=kv_cache_size, tokenizer=tokenizer)
+    loaded = load_transformers(checkpoint, dtype, target)
     static = allows_static_cache(checkpoint.config)
     numerics = observed(planned, target, attention=loaded.config._attn_implementation, static_cache=static)
-    return TransformersEngine(loaded, numerics, context=checkpoint.context)
+    return TransformersEngine(loaded, numerics, context=checkpoint.context, tokenizer=tokenizer)
 
 
-def wrap_model(model: Any, planned: Numerics, context: int, kv_cache_size: int | None = None) -> Engine:
+def wrap_model(
+    model: Any,
+    planned: Numerics,
+    context: int,
+    kv_cache_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Engine:
     """Return the engine for ``planned`` around a transformers model that is loaded already, where it is."""
     if isinstance(load_policy(planned.policy), Invariant):
         config = model.config.to_dict()
         kernels = kernels_for(model.device)
         own = GPT2(config, model.state_dict(), kernels, dtype=getattr(torch, planned.dtype), device=model.device)
-        return GPT2Engine(own, observed(planned, model.device), kv_cache_size=kv_cache_size)
+        return GPT2Engine(own, observed(planned, model.device), kv_cache_size=kv_cache_size, tokenizer=tokenizer)
     numerics = observed(
         planned,
         model.device,
@@ -65,7 +84,7 @@ def wrap_model(model: Any, planned: Numerics, context: int, kv_cache_size: int |
         alignment=alignment_of(model),
         static_cache=allows_static_cache(model.config.to_dict()),
     )
-    return TransformersEngine(model, numerics, context=context)
+    return TransformersEngine(model, numerics, context=context, tokenizer=tokenizer)
 
 
 def make_vendor_engine(model: Any, dtype: str, *, reach: int, **settings: Any) -> GPT2Engine:
@@ -138,7 +157,8 @@ def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     return tensors
 
 
-def _load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+def load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the transformers model of a checkpoint; raise ``CheckpointError`` for weights that are not whole."""
     from transformers import AutoModelForCausalLM
 
     try:

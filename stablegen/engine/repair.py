@@ -10,16 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
 
-from stablegen.engine.base import ForcingEngine, Generated
+from stablegen.engine.base import Answer, ForcingEngine, Generated, Stopper
 from stablegen.errors import NonFiniteScoresError
-from stablegen.policy import Batch
 from stablegen.record import Composition, FinishReason, Trace, first_difference
 from stablegen.request import Request
-
-Answer = tuple[Request, tuple[int, ...]]
-"""A request, and the token ids of an answer to it."""
 
 
 def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Generated, None, None]:
@@ -40,7 +35,8 @@ def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Ge
         with closing(engine.force([answers[place] for place in places])) as read:
             for index, forced in read:
                 place = places[index]
-                trace, reason = still_right(*answers[place], forced)
+                request, tokens = answers[place]
+                trace, reason = still_right(request, tokens, forced, engine.stopper(request))
                 if reason is None:
                     begun[place] = trace
                 else:
@@ -50,8 +46,7 @@ def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Ge
     waiting = list(begun)
     if waiting:
         try:
-            batch = Batch(tuple(_continued(answers[place][0], begun[place]) for place in waiting))
-            with closing(engine.generate(batch)) as finishing:
+            with closing(engine.resume([(answers[place][0], begun[place].tokens) for place in waiting])) as finishing:
                 for generated in finishing:
                     place = waiting[generated.composition.slot]
                     yield done(place, begun[place] + generated.trace, generated.finish_reason)
@@ -61,7 +56,9 @@ def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Ge
         raise failure
 
 
-def still_right(request: Request, tokens: Sequence[int], forced: Trace) -> tuple[Trace, FinishReason | None]:
+def still_right(
+    request: Request, tokens: Sequence[int], forced: Trace, stops: Stopper | None = None
+) -> tuple[Trace, FinishReason | None]:
     """Return the steps that a fresh run shares with a forced answer, the first that differs included, and their end.
 
     The reason is None where a fresh run goes on.
@@ -70,13 +67,7 @@ def still_right(request: Request, tokens: Sequence[int], forced: Trace) -> tuple
     parted = first_difference(tokens, forced.tokens)
     steps = min(budget, len(forced) if parted is None else parted + 1)
     chosen = forced.tokens[:steps]
-    if not ends.isdisjoint(chosen):
-        stop = next(step for step, token in enumerate(chosen) if token in ends)
-        return forced.upto(stop + 1), "stop"
+    for step, token in enumerate(chosen):
+        if token in ends or (stops is not None and stops(chosen[: step + 1])):
+            return forced.upto(step + 1), "stop"
     return forced.upto(steps), "length" if steps == budget else None
-
-
-def _continued(request: Request, trace: Trace) -> Request:
-    """Return a request for what follows the steps of a trace."""
-    left = request.limited_to(request.params.max_new_tokens - len(trace))
-    return replace(left, prompt_ids=request.prompt_ids + trace.tokens, prompt=None)

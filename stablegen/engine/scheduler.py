@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from stablegen.engine.base import Stopper
 from stablegen.engine.kv_cache import KVCache, Lease
 from stablegen.record import FinishReason
 from stablegen.request import Request
@@ -20,27 +22,36 @@ from stablegen.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A request to be run; with ``answer``, token ids, what would be chosen at each step of that answer is wanted."""
+    """A request to be run; with ``answer``, token ids, what would be chosen at each step of that answer is wanted.
+
+    With ``begun``, token ids that its answer begins with, it is run from there on.
+    """
 
     slot: int
     """Its place in the batch that was asked for."""
     request: Request
     answer: tuple[int, ...] = ()
+    begun: tuple[int, ...] = ()
 
     @property
     def given(self) -> tuple[int, ...]:
         """Return the token ids known before it runs."""
-        return self.request.prompt_ids + self.answer[:-1]
+        return self.request.prompt_ids + (self.answer[:-1] or self.begun)
+
+    @property
+    def first(self) -> int:
+        """Return the position of the first token that is followed by a step of its own."""
+        return len(self.request.prompt_ids) + len(self.begun) - 1
 
     @property
     def budget(self) -> int:
         """Return how many steps it has at most."""
-        return len(self.answer) or self.request.params.max_new_tokens
+        return len(self.answer) or self.request.params.max_new_tokens - len(self.begun)
 
     @property
     def positions(self) -> int:
         """Return how many positions its keys and values take at most."""
-        return len(self.request.prompt_ids) + self.budget
+        return len(self.given) + (0 if self.answer else self.budget)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +70,8 @@ class Row:
     """Steps that were read."""
     finish_reason: FinishReason | None = None
     failed: bool = False
+    logprobs: list[Any] = field(default_factory=list)
+    """Of each token of a continuation, as tensors of the device."""
     given: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,21 +97,29 @@ class Row:
         """Return the token ids that end it."""
         return () if self.task.answer else self.request.params.eos_token_ids
 
-    def read(self, words: np.ndarray, notable: bool = True) -> bool:
+    @property
+    def tokens(self) -> list[int]:
+        """Return the token ids of its answer as far as they are known."""
+        return [*self.task.begun, *(int(token) for words in self.logged for token in words[:, 0])]
+
+    def read(self, words: np.ndarray, notable: bool = True, stops: Stopper | None = None) -> bool:
         """Take the words [N, LOG_WIDTH] of its next steps from the log; return whether it ends with one of them.
 
-        ``notable``: whether any of them may tell of a failure or hold a token that ends an answer.
+        ``notable``: whether any of them may tell of a failure or hold a token that ends an answer. ``stops``: what
+        may end it besides.
         """
-        if not notable:
+        tokens = [] if stops is None else self.tokens
+        if not notable and stops is None:
             words = words[: self.task.budget - self.steps]
             self._take(words)
             if self.steps == self.task.budget:
                 self.finish_reason = "length"
             return self.finished
         for count, (token, *_, finite, _) in enumerate(words.tolist(), start=1):
+            tokens.append(token)
             if not finite:
                 self.failed = True
-            elif token in self.ends:
+            elif token in self.ends or (stops is not None and stops(tokens)):
                 self.finish_reason = "stop"
             elif self.steps + count == self.task.budget:
                 self.finish_reason = "length"
@@ -124,7 +145,7 @@ class Row:
 
     def choices(self, count: int) -> int:
         """Return how many of its next tokens are followed by a step of its own."""
-        return max(0, self.computed + count - max(self.computed, len(self.request.prompt_ids) - 1))
+        return max(0, self.computed + count - max(self.computed, self.task.first))
 
     def reach(self, count: int, choices: int) -> int:
         """Return how many of its next tokens, ``count`` at most, are followed by so many steps at most."""
@@ -162,7 +183,7 @@ class Scheduler:
         while self._waiting:
             task = self._waiting[0]
             # scores are wanted from the prompt's last token on, so whatever follows it is computed
-            lease = self._cache.lease(task.given, task.positions, share=len(task.request.prompt_ids) - 1)
+            lease = self._cache.lease(task.given, task.positions, share=task.first)
             if lease is None:
                 assert self.running, "a request that can never fit is refused before"
                 return

@@ -8,7 +8,7 @@ the log a few steps later, and what a row did beyond its end is dropped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -17,7 +17,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stablegen.engine.attention import OneKernel
-from stablegen.engine.base import Follow, Generated, Observer
+from stablegen.engine.base import Generated, Observer
+from stablegen.engine.choosing import Choosers
 from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.decode import Answers, cpu_threads, run_on
 from stablegen.kernels.base import BestTwo
@@ -247,16 +248,21 @@ class StaticDecoding:
         batch: Batch,
         ids: torch.Tensor,
         mask: torch.Tensor,
+        made: Callable[..., Answers],
+        choosers: Choosers,
         observe: Observer | None = None,
-        follow: Follow | None = None,
     ) -> Generator[Generated, None, None]:
-        """Yield each request of a batch, its prompts [S, W] padded on the left, a few steps after it finishes."""
+        """Yield each request of a batch, its prompts [S, W] padded on the left, a few steps after it finishes.
+
+        ``made`` makes the answers, of a KV cache's capacity; where somebody else chooses or looks, after every step.
+        """
         rows, width = ids.shape
         longest = max(request.params.max_new_tokens for _, request in batch.requests)
         capacity = batch.capacity or capacity_for(width + longest)
         assert width + longest - 1 <= capacity  # the last token is never fed
-        answers = Answers(batch, capacity, follow)
-        count, unread = (STEPS, UNREAD) if observe is None and follow is None else (1, 1)
+        answers = made(capacity=capacity)
+        fed = bool(choosers) or answers.led
+        count, unread = (1, 1) if observe is not None or fed else (STEPS, UNREAD)
         looks: deque[_Look] = deque()
         entries = 0
         with self._borrow(batch, rows, capacity) as decoder:
@@ -264,11 +270,15 @@ class StaticDecoding:
             while answers.live:
                 while entries < longest and len(looks) < unread:
                     size = min(count, longest - entries)
-                    if follow is not None and entries:
+                    if fed and entries:
                         self._run(batch, partial(decoder.feed, answers.live, answers.newest()))
                     looks.append(self._run(batch, partial(decoder.advance, entries, size)))
                     entries += size
-                for best in looks.popleft().wait():
+                for logged in looks.popleft().wait():
+                    best = logged
+                    if choosers:
+                        slots = [slot if slot in answers.live else None for slot in range(rows)]
+                        best = self._run(batch, partial(_refined, choosers, best, decoder.scores, slots, entries - 1))
                     if observe is not None:
                         scores = self._run(batch, decoder.scores.clone)
                         for slot in answers.live:
@@ -321,3 +331,12 @@ class StaticDecoding:
     def _run(self, batch: Batch, action: Callable[[], _T]) -> _T:
         with cpu_threads(self._threads):
             return run_on(self._device, batch, action)
+
+
+def _refined(
+    choosers: Choosers, best: BestTwo, scores: torch.Tensor, slots: Sequence[int | None], step: int
+) -> BestTwo:
+    """Return what rows chose at a step, by their slots' own choosers where they have one, on the scores' device."""
+    columns = (best.tokens, best.scores, best.hashes, best.finite)
+    on_device = BestTwo(*(column.to(scores.device) for column in columns))
+    return choosers.refine(on_device, scores, slots, step)

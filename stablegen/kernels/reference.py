@@ -14,6 +14,7 @@ from stablegen.kernels.base import PAGE, BestTwo, Cache, Linear, Norm, Placed, R
 QUERY_BLOCK = 16
 KEY_BLOCK = 64
 
+_GOLDEN = 0x9E3779B97F4A7C15
 _GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi), as in Hugging Face's NewGELUActivation
 
 
@@ -149,10 +150,9 @@ def layer_norm(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
     return (normed * norm.weight.float() + norm.bias.float()).to(dtype)
 
 
-def advance(best: BestTwo, rows: Rows, placed: Placed, cache: Cache) -> None:
-    """Log what a step keeps, and advance the rows' slots."""
-    ticks = cache.log.shape[0]
-    words = torch.cat(
+def words_of(best: BestTwo) -> torch.Tensor:
+    """Return what a step keeps as the log's words [M, LOG_WIDTH] int32."""
+    return torch.cat(
         [
             best.tokens.int(),
             best.scores.view(torch.int32),
@@ -161,6 +161,12 @@ def advance(best: BestTwo, rows: Rows, placed: Placed, cache: Cache) -> None:
         ],
         dim=1,
     )
+
+
+def advance(best: BestTwo, rows: Rows, placed: Placed, cache: Cache) -> None:
+    """Log what a step keeps, and advance the rows' slots."""
+    ticks = cache.log.shape[0]
+    words = words_of(best)
     count = len(words)
     cache.log[(rows.tick[:count] % ticks).long(), torch.arange(count, device=words.device)] = words
     rows.tick.add_(1)
@@ -228,15 +234,9 @@ def best_two(scores: torch.Tensor) -> BestTwo:
     The hash of a row is ``sum_i fold(bits_i * key_i) mod 2**64`` with ``fold(x) = x ^ (x >> 32)`` and the odd keys
     ``splitmix64(i) | 1``. Integer addition is associative, so any order, on any device, gives the same value.
     """
-    vocabulary = scores.shape[1]
-    index = torch.arange(vocabulary, device=scores.device)
-    first = _lowest_best(scores, index)
-    rest = scores.scatter(1, first[:, None], float("-inf"))
-    # the winner is no candidate, also where all the rest are -inf
-    second = _lowest_best(rest, torch.where(index == first[:, None], vocabulary, index))
-    tokens = torch.stack([first, second], dim=1)
+    tokens = two_best(scores)
     bits = scores.contiguous().view(torch.int32).to(torch.int64)
-    product = bits * _hash_keys(vocabulary, scores.device)
+    product = bits * _hash_keys(scores.shape[1], scores.device)
     folded = product ^ ((product >> 32) & 0xFFFFFFFF)
     return BestTwo(
         tokens=tokens,
@@ -246,24 +246,62 @@ def best_two(scores: torch.Tensor) -> BestTwo:
     )
 
 
+def two_best(scores: torch.Tensor) -> torch.Tensor:
+    """Return the best and the second-best token [M, 2] int64 of rows [M, V], the lower id first where equal."""
+    vocabulary = scores.shape[1]
+    index = torch.arange(vocabulary, device=scores.device)
+    first = _lowest_best(scores, index)
+    rest = scores.scatter(1, first[:, None], float("-inf"))
+    # the winner is no candidate, also where all the rest are -inf
+    second = _lowest_best(rest, torch.where(index == first[:, None], vocabulary, index))
+    return torch.stack([first, second], dim=1)
+
+
+def log_probs(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability [M] float32 of one token [M] int64 a row of scores [M, V] float32.
+
+    The sum is a tree fixed by V, and all else is elementwise, so no row's bits depend on the others; on a CPU row by
+    row, for its vectorised loops and their tails may round differently.
+    """
+    if len(scores) > 1 and not scores.is_cuda:
+        rows = range(len(scores))
+        return torch.cat([log_probs(scores[row : row + 1], tokens[row : row + 1]) for row in rows])
+    best = scores.amax(1, keepdim=True)
+    total = tree_sum(torch.exp(scores - best))
+    return scores.gather(1, tokens[:, None])[:, 0] - best[:, 0] - torch.log(total)
+
+
 def _lowest_best(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     best = scores.amax(1, keepdim=True)
     # a row of NaN has no best: clamp, the row is reported as not finite anyway
     return torch.where(scores == best, index, scores.shape[1]).amin(1).clamp(max=scores.shape[1] - 1)
 
 
+_COUNTERS: dict[tuple[int, torch.device], torch.Tensor] = {}
 _KEYS: dict[tuple[int, torch.device], torch.Tensor] = {}
 
 
 def _hash_keys(count: int, device: torch.device) -> torch.Tensor:
     keys = _KEYS.get((count, device))
     if keys is None:
-        x = torch.arange(count, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-        x = x ^ ((x >> 31) & ((1 << 33) - 1))
-        keys = _KEYS[count, device] = x | 1
+        keys = _KEYS[count, device] = mix(torch.arange(count, dtype=torch.int64, device=device) * _signed(_GOLDEN)) | 1
     return keys
+
+
+def counters(count: int, device: torch.device) -> torch.Tensor:
+    """Return what SplitMix64 adds to its state by each of its first ``count`` steps, [count] int64."""
+    steps = _COUNTERS.get((count, device))
+    if steps is None:
+        steps = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
+        _COUNTERS[count, device] = steps
+    return steps
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Return SplitMix64's output function of int64 states, elementwise and exact on every device."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def _signed(value: int) -> int:

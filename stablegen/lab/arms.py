@@ -20,8 +20,9 @@ from stablegen.engine.loading import make_vendor_engine, wrap_model
 from stablegen.errors import EngineError
 from stablegen.kernels.base import PAGE
 from stablegen.numerics import allows_static_cache, numerics_on
+from stablegen.params import GenerationParams
 from stablegen.policy import Batch, ExecutionPolicy, Padded, load_policy
-from stablegen.request import GenerationParams, ModelIdentity, Request
+from stablegen.request import ModelIdentity, Request
 
 GROUP = 32
 """Prompts that transformers runs at once in a set of many."""

@@ -22,9 +22,10 @@ from stablegen.engine.self_check import self_check
 from stablegen.frozen import Frozen
 from stablegen.lab.progress import ticker
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
+from stablegen.params import GenerationParams
 from stablegen.policy import Batch, Native, Shape, load_policy
 from stablegen.record import SelfCheck, Verdict
-from stablegen.request import GenerationParams, Request
+from stablegen.request import Request
 from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

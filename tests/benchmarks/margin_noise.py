@@ -17,9 +17,10 @@ from stablegen.engine.base import Engine
 from stablegen.engine.loading import load_engine
 from stablegen.guard import MANTISSA_BITS
 from stablegen.numerics import find_device, numerics_on
+from stablegen.params import GenerationParams
 from stablegen.policy import Batch, Native
 from stablegen.prompts import SAMPLE
-from stablegen.request import GenerationParams, Request
+from stablegen.request import Request
 from stablegen.tokenizer import Tokenizer
 
 Rows = list[torch.Tensor]

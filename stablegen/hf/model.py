@@ -1,31 +1,23 @@
-"""Between transformers and stablegen: a loaded model as a source, ``generate``'s arguments as requests."""
+"""A transformers model that the caller has loaded, as what a client asks about and computes with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from stablegen.checkpoint import context_of, token_ids
 from stablegen.engine.base import Engine
 from stablegen.engine.loading import wrap_model
 from stablegen.engine.weights import alignment_of
-from stablegen.errors import AttentionMaskError, ModelError, PromptError, UnsupportedParameterError
+from stablegen.errors import ModelError
 from stablegen.numerics import Numerics
-from stablegen.record import Completion
 from stablegen.request import ModelIdentity
+from stablegen.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from stablegen.client import Client
-
-DEFAULT_NEW_TOKENS = 20
-"""What transformers' ``generate`` makes where the caller and the model name no length."""
-_ID_DTYPES = (torch.int64, torch.int32)
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
@@ -38,6 +30,10 @@ class LoadedModel:
                 f"a model of type {type(model).__name__} is not a transformers model",
                 accepted="a causal language model such as AutoModelForCausalLM gives",
                 hint="For a name or a directory use Client.from_pretrained",
+            )
+        if model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(model).__name__} is an encoder-decoder model", accepted="a causal language model, decoder only"
             )
         if model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
@@ -103,9 +99,9 @@ class LoadedModel:
         """Return the model's attention implementation."""
         return str(self.model.config._attn_implementation)
 
-    def start(self, numerics: Numerics, kv_cache_size: int | None = None) -> Engine:
+    def start(self, numerics: Numerics, kv_cache_size: int | None = None, tokenizer: Tokenizer | None = None) -> Engine:
         """Return the engine around the model."""
-        return wrap_model(self.model, numerics, self.context, kv_cache_size)
+        return wrap_model(self.model, numerics, self.context, kv_cache_size, tokenizer)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,75 +119,3 @@ def _digest(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(_bits(tensor).numpy().data)
     return total.hexdigest()
-
-
-@dataclass
-class StableGenerateOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]  # transformers is untyped here
-    """Transformers' output, with the completions (records, verdicts) of its rows."""
-
-    completions: Sequence[Completion] | None = None
-
-
-def generate(
-    client: Client,
-    inputs: torch.Tensor | None = None,
-    *,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    pad_token_id: int | None = None,
-    do_sample: bool | None = None,
-    return_dict_in_generate: bool = False,
-    **arguments: Any,
-) -> torch.Tensor | StableGenerateOutput:
-    """Return ids [B, prompt + new], or an output with ``sequences`` and ``completions``, as transformers would.
-
-    Rows may be padded on either side, as their mask says; padding is kept in the result and never seen by the model.
-    Shorter answers are filled with ``pad_token_id``, or the model's end token.
-    """
-    if inputs is not None and input_ids is not None:
-        raise PromptError("generate was given both inputs and input_ids", accepted="one of them")
-    ids, mask = _check_inputs(inputs if inputs is not None else input_ids, attention_mask)
-    if do_sample:
-        raise UnsupportedParameterError(
-            "do_sample=True is not supported by this version", accepted="do_sample=False", hint="Decoding is greedy"
-        )
-    arguments.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
-    requests = [
-        client.make_request(row[keep].tolist(), arguments) for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)
-    ]
-    completions = client.run(requests)
-    if pad_token_id is None:
-        ends = requests[0].params.eos_token_ids
-        pad_token_id = ends[0] if ends else 0
-    longest = max(len(completion.token_ids) for completion in completions)
-    answers = torch.full((len(ids), longest), pad_token_id, dtype=torch.int64)
-    for row, completion in enumerate(completions):
-        answers[row, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
-    sequences = torch.cat([ids, answers.to(ids.device)], dim=1)
-    if not return_dict_in_generate:
-        return sequences
-    return StableGenerateOutput(sequences=sequences, completions=completions)
-
-
-def _check_inputs(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in _ID_DTYPES or ids.numel() == 0:
-        is_tensor = isinstance(ids, torch.Tensor)
-        given = f"a tensor of shape {tuple(ids.shape)} and {ids.dtype}" if is_tensor else type(ids).__name__
-        raise PromptError(f"generate was given {given}", accepted="input_ids [B, S], a LongTensor with at least one id")
-    if mask is None:
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-        given = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise AttentionMaskError(f"the attention mask has {given}, the ids {tuple(ids.shape)}", accepted="equal shapes")
-    keep = mask != 0
-    for row in range(len(ids)):
-        places = keep[row].nonzero().flatten()
-        if len(places) == 0:
-            raise AttentionMaskError(f"row {row} of the attention mask is empty", accepted="at least one token a row")
-        if int(places[-1] - places[0]) + 1 != len(places):
-            raise AttentionMaskError(
-                f"row {row} of the attention mask has holes",
-                accepted="one run of ones a row, padded on either side",
-                hint="Remove the masked tokens from inside the prompt",
-            )
-    return ids, keep

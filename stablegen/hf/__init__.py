@@ -1,0 +1,1 @@
+"""Between transformers and stablegen: a loaded model as a source, ``generate``'s arguments and results."""

@@ -1,0 +1,343 @@
+"""``model.generate``'s arguments as requests, resolved as transformers resolves them: by transformers itself.
+
+Everything is either part of a request, or known to change no answer, or refused by name; README lists which is which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+
+from stablegen.checkpoint import Checkpoint
+from stablegen.client import NO_SEED, check_seeds
+from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
+from stablegen.hf.model import LoadedModel
+from stablegen.request import Request, check_fits
+
+if TYPE_CHECKING:
+    from stablegen.client import Client
+
+_ID_DTYPES = (torch.int64, torch.int32)
+_MODES = ("greedy_search", "sample")
+_ARGUMENTS: Mapping[str, str] = {
+    "prefix_allowed_tokens_fn": "Use bad_words_ids, suppress_tokens or a processor with a cache_key",
+    "synced_gpus": "Run one process a GPU, each with its own client",
+    "assistant_model": "Leave it out: policy 'invariant' is faster than assisted generation, and gives its tokens",
+    "assistant_tokenizer": "Leave it out, with the assistant",
+    "negative_prompt_ids": "Leave it out",
+    "negative_prompt_attention_mask": "Leave it out",
+    "custom_generate": "Leave it out",
+}
+"""Arguments of ``generate`` that are refused where they are given, and what to do instead."""
+_MODEL_ARGUMENTS: Mapping[str, str] = {
+    "inputs_embeds": "Give input_ids",
+    "past_key_values": "Give the whole prompt: what prompts share is computed once under policy 'invariant'",
+    "output_attentions": "Call the model itself on what was generated",
+    "output_hidden_states": "Call the model itself on what was generated",
+    "position_ids": "Leave it out: positions come from the attention mask",
+}
+"""Arguments of the model that are refused where they are given; all others but the mask are too."""
+_SETTINGS: Mapping[str, tuple[object, str]] = {
+    "max_time": (None, "Use max_new_tokens: where a clock ends an answer, no two runs need agree"),
+    "token_healing": (False, "Trim the prompt before"),
+    "guidance_scale": (1.0, "Leave it out"),
+    "watermarking_config": (None, "Leave it out"),
+    "output_attentions": (False, "Call the model itself on what was generated"),
+    "output_hidden_states": (False, "Call the model itself on what was generated"),
+    "is_assistant": (False, "Leave it out"),
+}
+"""Settings of a ``GenerationConfig`` that are refused, the value that is nothing, and what to do instead."""
+_BEAMS = "Use greedy decoding or sampling: num_beams=1"
+_INSTEAD: Mapping[str, str] = {
+    "assisted_generation": "Leave prompt_lookup_num_tokens, assistant_early_exit and use_mtp out",
+    "contrastive_search": "Leave penalty_alpha out",
+    "dola_generation": "Leave dola_layers out",
+}
+"""What to do in place of a generation mode; beams in place of any other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of ``generate`` as it was understood.
+
+    ``ids`` [B * num_return_sequences, S]: the prompts as they were given, padding included, and ``requests`` for each.
+    ``seeded``: whether their answers are functions of them, and so may be cached. ``pad``: the id that fills up.
+    """
+
+    ids: torch.Tensor
+    requests: Sequence[Request]
+    seeded: bool
+    pad: int
+    streamer: Any
+    as_dict: bool
+    wants_scores: bool
+    wants_logits: bool
+
+
+def resolve(
+    client: Client,
+    inputs: torch.Tensor | None,
+    generation_config: Any,
+    seed: int | Sequence[int] | torch.Tensor | None,
+    sample_index: int,
+    arguments: dict[str, Any],
+) -> Call:
+    """Return what ``generate``'s arguments ask for.
+
+    Raises ``UnsupportedParameterError`` for what no policy could make stable, ``ParameterError`` for what transformers
+    refuses too, ``PromptError``, ``AttentionMaskError`` and ``ContextLengthError`` for prompts.
+    """
+    model = resolver_of(client)
+    streamer, tokenizer = arguments.pop("streamer", None), arguments.pop("tokenizer", None)
+    arguments.pop("trust_remote_code", None)  # of custom_generate, which is refused
+    processors = list(arguments.pop("logits_processor", None) or ())
+    criteria = list(arguments.pop("stopping_criteria", None) or ())
+    for name, instead in _ARGUMENTS.items():
+        value = arguments.pop(name, None)
+        if value is not None and value is not False:
+            raise _refused(f"{name}={value!r:.60}", instead)
+    defaulted = {
+        name: all(getattr(place, name, None) is None for place in (generation_config, model.generation_config))
+        and arguments.get(name) is None
+        for name in ("max_length", "min_length")
+    }
+    try:
+        config, rest = model._prepare_generation_config(generation_config, **arguments)
+        model._validate_model_kwargs(dict(rest))
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ParameterError(
+            f"transformers refuses the arguments of generate: {reason}",
+            hint="README lists every argument; check the spelling",
+        ) from error
+    _check_settings(config, rest)
+    if not torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else []).numel():
+        config.eos_token_id = None  # an empty list means none too
+    given = rest.pop("input_ids", None)
+    mask = rest.pop("attention_mask", None)
+    for name, value in rest.items():
+        if value is not None and name != "use_cache":
+            raise _refused(f"{name}={value!r:.60}", _MODEL_ARGUMENTS.get(name, "Leave it out"))
+    if inputs is not None and given is not None:
+        raise PromptError("generate was given both inputs and input_ids", accepted="one of them")
+    ids = _check_ids(inputs if inputs is not None else given, config)
+    model._prepare_special_tokens(config, mask is not None, device=ids.device, batch_size=len(ids))
+    keep = _keep(ids, mask) if mask is not None else _inferred(model, ids, config)
+    copies = config.num_return_sequences or 1
+    budget, least = _lengths(model, config, ids, defaulted)
+    ends = () if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    asked = _settings(config, [end for end in ends if end >= 0]) | {"min_new_tokens": least}
+    for criterion in list(criteria):
+        if replaced := _replacing(criterion, ids.shape[1]):
+            asked |= replaced
+            budget = replaced.get("max_new_tokens", budget)
+            criteria.remove(criterion)
+    asked["max_new_tokens"] = budget
+    own = {_key_of(processor, "logits processor"): processor for processor in processors}
+    ending = dict(_criterion(criterion, tokenizer) for criterion in criteria)
+    seeds, seeded = _seeds(seed, len(ids), copies, sampled=bool(config.do_sample))
+    if not seeded:
+        client.tell_once("seed", NO_SEED)
+    requests: list[Request] = []
+    for row, kept in zip(ids.tolist(), keep.tolist(), strict=True):
+        prompt = [token for token, real in zip(row, kept, strict=True) if real]
+        for copy in range(copies):
+            drawn = {} if not config.do_sample else seeds[len(requests)] | {"sample_index": sample_index + copy}
+            made = client.make_request(prompt, asked | drawn, logits_processors=own, stopping_criteria=ending)
+            requests.append(check_fits(made, client.source.context, client.source.vocabulary))
+    pad = config._pad_token_tensor
+    return Call(
+        ids.repeat_interleave(copies, dim=0),
+        requests,
+        seeded,
+        0 if pad is None else int(pad.flatten()[0]),
+        streamer,
+        bool(config.return_dict_in_generate),
+        bool(config.output_scores),
+        bool(config.output_logits),
+    )
+
+
+def resolver_of(client: Client) -> Any:
+    """Return what resolves arguments as the client's model does: it itself, or its like without weights."""
+    source = client.source
+    if isinstance(source, LoadedModel):
+        return source.model
+    assert isinstance(source, Checkpoint)
+    return _without_weights(source.directory)
+
+
+@cache
+def _without_weights(directory: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
+
+
+def _refused(what: str, instead: str) -> UnsupportedParameterError:
+    return UnsupportedParameterError(
+        f"generate was given {what}, whose answers no policy makes stable",
+        accepted="greedy decoding and sampling; README lists every argument",
+        hint=f"{instead}. Or pass unsupported='passthrough': transformers then runs the call as it is, uncached",
+    )
+
+
+def _check_settings(config: Any, rest: Mapping[str, Any]) -> None:
+    """Raise ``UnsupportedParameterError`` for a generation mode or setting that is refused."""
+    mode = str(config.get_generation_mode(None).value)
+    if mode not in _MODES:
+        raise _refused(f"settings that mean {mode.replace('_', ' ')}", _INSTEAD.get(mode, _BEAMS))
+    for name, (nothing, instead) in _SETTINGS.items():
+        value = getattr(config, name, None)
+        if value is not None and value != nothing:
+            raise _refused(f"{name}={value!r:.60}", instead)
+    if getattr(config, "cache_implementation", None) == "paged" or rest.get("cache_implementation") == "paged":
+        raise _refused("cache_implementation='paged'", "Leave it out: policy 'invariant' has a paged cache of its own")
+    if (config.num_return_sequences or 1) > 1 and not config.do_sample:
+        raise ParameterError(
+            f"num_return_sequences={config.num_return_sequences} without sampling",
+            accepted="several sequences with do_sample=True",
+            hint="Greedy copies would all be equal",
+        )
+
+
+def _check_ids(ids: Any, config: Any) -> torch.Tensor:
+    if ids is None:
+        if config.bos_token_id is None:
+            raise PromptError(
+                "generate was given no prompt, and the model has no bos_token_id to begin with",
+                accepted="input_ids [B, S], a LongTensor with at least one id",
+            )
+        ids = torch.tensor([[int(torch.as_tensor(config.bos_token_id).flatten()[0])]])
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in _ID_DTYPES or ids.numel() == 0:
+        is_tensor = isinstance(ids, torch.Tensor)
+        given = f"a tensor of shape {tuple(ids.shape)} and {ids.dtype}" if is_tensor else type(ids).__name__
+        raise PromptError(f"generate was given {given}", accepted="input_ids [B, S], a LongTensor with at least one id")
+    return ids
+
+
+def _keep(ids: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Return where the caller's mask says that tokens are, [B, S] bool."""
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+        given = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise AttentionMaskError(f"the attention mask has {given}, the ids {tuple(ids.shape)}", accepted="equal shapes")
+    keep = mask != 0
+    for row in range(len(ids)):
+        places = keep[row].nonzero().flatten()
+        if len(places) == 0:
+            raise AttentionMaskError(f"row {row} of the attention mask is empty", accepted="at least one token a row")
+        if int(places[-1] - places[0]) + 1 != len(places):
+            raise AttentionMaskError(
+                f"row {row} of the attention mask has holes",
+                accepted="one run of ones a row, padded on either side",
+                hint="Remove the masked tokens from inside the prompt",
+            )
+    return keep
+
+
+def _inferred(model: Any, ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return where transformers would say that tokens are, [B, S] bool: everywhere but at the pad token, if it can.
+
+    A token masked inside a prompt is as if it were not there, positions being counted by the mask.
+    """
+    keep: torch.Tensor = model._prepare_attention_mask_for_generation(ids, config, {}) != 0
+    for row in range(len(ids)):
+        if not keep[row].any():
+            raise PromptError(
+                f"row {row} holds nothing but the pad token", accepted="at least one token a row, or an attention_mask"
+            )
+    return keep
+
+
+def _lengths(model: Any, config: Any, ids: torch.Tensor, defaulted: Mapping[str, bool]) -> tuple[int, int]:
+    """Return how many new tokens there are at most and at least; lengths count the padded width, as transformers'."""
+    width = ids.shape[1]
+    if config.max_new_tokens is not None and config.max_new_tokens < 1:
+        raise ParameterError(f"max_new_tokens={config.max_new_tokens!r}", accepted="a whole number of at least 1")
+    try:
+        config = model._prepare_generated_length(
+            config, defaulted["max_length"], defaulted["min_length"], "input_ids", width, ids
+        )
+        model._validate_generated_length(config, width, False)
+    except (ValueError, TypeError) as error:
+        raise ParameterError(
+            f"transformers refuses the lengths given to generate: {error}", accepted="max_new_tokens of at least 1"
+        ) from error
+    return config.max_length - width, max(0, (config.min_length or 0) - width)
+
+
+def _settings(config: Any, ends: Sequence[int]) -> dict[str, Any]:
+    """Return a resolved configuration's settings that decide an answer; what changes nothing is left out."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    names = ["repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size"]
+    names += ["encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens"]
+    names += ["begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"]
+    names += ["exponential_decay_length_penalty", "renormalize_logits", "stop_strings", "do_sample"]
+    if config.do_sample:
+        names += ["temperature", "top_h", "top_k", "min_p"]
+    asked = {name: plain(getattr(config, name, None)) for name in names}
+    if config.do_sample:
+        # outside these bounds transformers leaves them out
+        asked |= {name: value for name in ("top_p", "typical_p") if (value := getattr(config, name) or 1.0) < 1}
+        cutoffs = {name: getattr(config, name) or 0.0 for name in ("epsilon_cutoff", "eta_cutoff")}
+        asked |= {name: value for name, value in cutoffs.items() if 0 < value < 1}
+    return asked | {"eos_token_id": list(ends)}
+
+
+def _replacing(criterion: Any, width: int) -> dict[str, Any]:
+    """Return what one of transformers' own criteria asks for; it takes the place of what ``generate`` would make."""
+    if type(criterion) is MaxLengthCriteria:
+        return {"max_new_tokens": criterion.max_length - width}
+    if type(criterion) is StopStringCriteria:
+        return {"stop_strings": list(criterion.stop_strings)}
+    if type(criterion) is EosTokenCriteria:
+        return {"eos_token_id": criterion.eos_token_id.tolist()}
+    return {}
+
+
+def _criterion(criterion: Any, tokenizer: Any) -> tuple[str, Callable[[int], Any]]:
+    """Return a caller's stopping criterion by its cache key, as what makes one for a prompt of so many tokens."""
+    if type(criterion).__name__ == "MultiTokenEOSCriteria" and type(criterion).__module__.startswith("lm_eval."):
+        # lm-eval's: it counts the rows of a batch and the width of its prompts, and here each row is one of its own
+        kind, sequence, own = type(criterion), criterion.sequence, criterion.tokenizer
+        return f"lm-eval until {sequence!r}", lambda length: kind(sequence, own, length, 1)
+    return _key_of(criterion, "stopping criterion"), lambda _: criterion
+
+
+def _key_of(own: Any, what: str) -> str:
+    key = getattr(own, "cache_key", None)
+    if not isinstance(key, str) or not key:
+        raise _refused(
+            f"a {what} of its own, {type(own).__name__}, which may do anything",
+            "Give it an attribute cache_key, a text that names all that its results depend on, if it looks at nothing "
+            "but its arguments",
+        )
+    return key
+
+
+def _seeds(seed: Any, rows: int, copies: int, *, sampled: bool) -> tuple[list[dict[str, int]], bool]:
+    """Return the seed of each of ``rows * copies`` sequences, and whether the caller gave it."""
+    if isinstance(seed, torch.Tensor):
+        seed = seed.tolist()
+    if seed is None:
+        # as transformers' sampling does, this follows torch.manual_seed
+        drawn = torch.randint(0, 2**63 - 1, (rows * copies,)).tolist() if sampled else [0] * rows * copies
+        return [{"seed": one} for one in drawn], not sampled
+    if isinstance(seed, Sequence):
+        check_seeds(seed, rows)
+        return [{"seed": one} for one in seed for _ in range(copies)], True
+    return [{"seed": seed}] * rows * copies, True

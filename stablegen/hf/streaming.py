@@ -1,0 +1,48 @@
+"""A streamer as transformers feeds it: the prompt, the tokens of each step, the end; from a run or from a hit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stablegen.hf.arguments import Call
+from stablegen.record import Completion
+
+
+class Stream:
+    """Hands a call's tokens to its streamer, each step as soon as every row's token of it is known."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._keys = [request.key for request in call.requests]
+        self._ends = frozenset(call.requests[0].params.eos_token_ids)
+        self._known: dict[str, list[int]] = {key: [] for key in self._keys}
+        self._put = 0
+        call.streamer.put(call.ids.cpu())
+
+    def hear(self, key: str, step: int, tokens: Sequence[int]) -> None:
+        """Take a request's tokens from a step on; what is known already is the same again."""
+        known = self._known[key]
+        known[step:] = tokens
+        self._hand_over(self._complete())
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """Hand over what is left, and say that it is all."""
+        for key, completion in zip(self._keys, completions, strict=True):
+            self._known[key] = list(completion.token_ids)
+        self._hand_over(max(map(len, self._known.values())))
+        self._call.streamer.end()
+
+    def _complete(self) -> int:
+        """Return how many steps are known of every row; one that has ended knows all of its own."""
+        rows = self._known.values()
+        going = [len(row) for row in rows if not row or row[-1] not in self._ends]
+        return min(going) if going else max(map(len, rows))
+
+    def _hand_over(self, steps: int) -> None:
+        for step in range(self._put, steps):
+            rows = [self._known[key] for key in self._keys]
+            tokens = [row[step] if step < len(row) else self._call.pad for row in rows]
+            self._call.streamer.put(torch.tensor(tokens))
+            self._put = step + 1
