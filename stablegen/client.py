@@ -827,7 +827,10 @@ class Client:
     def _params(self, arguments: dict[str, Any]) -> GenerationParams:
         budget, ends = arguments.get("max_new_tokens"), self._source.eos_token_ids
         if len(arguments) != 1 or type(budget) is not int:
-            return GenerationParams.from_arguments(arguments, eos_token_ids=ends)
+            made = GenerationParams.from_arguments(arguments, eos_token_ids=ends)
+            if made.stop_strings:
+                self.tokenizer.for_transformers()  # they are texts
+            return made
         params = self._budgets.get((budget, ends))
         if params is None:
             params = GenerationParams.from_arguments(arguments, eos_token_ids=ends)

@@ -85,6 +85,10 @@ class Tokenizer:
         text = str(self._backend.decode([index], skip_special_tokens=False))
         return text if text and "\ufffd" not in text else str(self._backend.id_to_token(index))
 
+    def is_of(self, tokenizer: Any) -> bool:
+        """Return whether a transformers tokenizer, or one of ``tokenizers``, is this one."""
+        return tokenizer is self._wrapped or Tokenizer.from_object(tokenizer).digest == self.digest
+
     def for_transformers(self) -> Any:
         """Return the tokenizer as transformers knows it; raise ``ParameterError`` where there is none."""
         if self._backend is None:

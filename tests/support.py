@@ -39,9 +39,9 @@ def numerics(**changes: Any) -> Numerics:
 
 
 def request(ids: Sequence[int] = (1, 2, 3), *, new: int = 4, prompt: str | None = None, **changes: Any) -> Request:
-    fields: dict[str, Any] = {"model": MODEL, "tokenizer": "7" * 64}
+    fields: dict[str, Any] = {"model": MODEL, "tokenizer": "7" * 64, "params": GenerationParams(max_new_tokens=new)}
     fields |= changes
-    return Request(tuple(ids), GenerationParams(max_new_tokens=new), prompt=prompt, **fields)
+    return Request(tuple(ids), prompt=prompt, **fields)
 
 
 def trace(margins: Sequence[float], *, score: float = 20.0, tokens: Sequence[int] | None = None) -> Trace:

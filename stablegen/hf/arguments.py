@@ -20,6 +20,7 @@ from stablegen.client import NO_SEED, check_seeds
 from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
 from stablegen.hf.model import LoadedModel
 from stablegen.request import Request, check_fits
+from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from stablegen.client import Client
@@ -95,17 +96,86 @@ def resolve(
     refuses too, ``PromptError``, ``AttentionMaskError`` and ``ContextLengthError`` for prompts.
     """
     model = resolver_of(client)
-    streamer, tokenizer = arguments.pop("streamer", None), arguments.pop("tokenizer", None)
-    arguments.pop("trust_remote_code", None)  # of custom_generate, which is refused
-    processors = list(arguments.pop("logits_processor", None) or ())
-    criteria = list(arguments.pop("stopping_criteria", None) or ())
-    for name, instead in _ARGUMENTS.items():
-        value = arguments.pop(name, None)
-        if value is not None and value is not False:
-            raise _refused(f"{name}={value!r:.60}", instead)
+    own = _Own.taken_from(arguments)
+    config, rest, defaulted = _configured(model, generation_config, arguments)
+    ids, keep = _prompts(model, config, inputs, rest)
+    budget, least = _lengths(model, config, ids, defaulted)
+    asked = _settings(config) | {"min_new_tokens": least, "max_new_tokens": budget}
+    asked |= own.replacing(ids.shape[1])
+    ending = own.criteria_by_key()
+    if asked.get("stop_strings") and own.tokenizer is not None and not client.tokenizer.is_of(own.tokenizer):
+        ending |= _stop_strings(asked.pop("stop_strings"), own.tokenizer)
+    copies = config.num_return_sequences or 1
+    seeds, seeded = _seeds(seed, len(ids), copies, sampled=bool(config.do_sample))
+    if not seeded:
+        client.tell_once("seed", NO_SEED)
+    requests: list[Request] = []
+    for row, kept in zip(ids.tolist(), keep.tolist(), strict=True):
+        prompt = [token for token, real in zip(row, kept, strict=True) if real]
+        for copy in range(copies):
+            drawn = {"seed": seeds[len(requests)], "sample_index": sample_index + copy} if config.do_sample else {}
+            made = client.make_request(
+                prompt, asked | drawn, logits_processors=own.processors_by_key(), stopping_criteria=ending
+            )
+            requests.append(check_fits(made, client.source.context, client.source.vocabulary))
+    pad = config._pad_token_tensor
+    return Call(
+        ids.repeat_interleave(copies, dim=0),
+        requests,
+        seeded,
+        0 if pad is None else int(pad.flatten()[0]),
+        own.streamer,
+        bool(config.return_dict_in_generate),
+        bool(config.output_scores),
+        bool(config.output_logits),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """What the caller handed over that is an object: processors, criteria, a streamer, a tokenizer."""
+
+    processors: Sequence[Any]
+    criteria: Sequence[Any]
+    streamer: Any
+    tokenizer: Any
+
+    @classmethod
+    def taken_from(cls, arguments: dict[str, Any]) -> _Own:
+        """Take the objects out of ``generate``'s arguments; raise where one is refused."""
+        arguments.pop("trust_remote_code", None)  # of custom_generate, which is refused
+        for name, instead in _ARGUMENTS.items():
+            value = arguments.pop(name, None)
+            if value is not None and value is not False:
+                raise _refused(f"{name}={value!r:.60}", instead)
+        processors, criteria = (arguments.pop(name, None) or () for name in ("logits_processor", "stopping_criteria"))
+        return cls(
+            tuple(processors), tuple(criteria), arguments.pop("streamer", None), arguments.pop("tokenizer", None)
+        )
+
+    def processors_by_key(self) -> dict[str, Any]:
+        """Return the logits processors by their cache keys."""
+        return {_key_of(processor, "logits processor"): processor for processor in self.processors}
+
+    def criteria_by_key(self) -> dict[str, Callable[[int], Any]]:
+        """Return the stopping criteria that are not transformers' own by their cache keys."""
+        return dict(criterion_of(criterion) for criterion in self.criteria if not _replacing(criterion, 0))
+
+    def replacing(self, width: int) -> dict[str, Any]:
+        """Return what the criteria ask for that are transformers' own, for prompts of so many tokens."""
+        asked: dict[str, Any] = {}
+        for criterion in self.criteria:
+            asked |= _replacing(criterion, width)
+        return asked
+
+
+def _configured(
+    model: Any, generation_config: Any, arguments: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any], dict[str, bool]]:
+    """Return the resolved configuration, the arguments that are the model's, and which lengths nobody has set."""
     defaulted = {
-        name: all(getattr(place, name, None) is None for place in (generation_config, model.generation_config))
-        and arguments.get(name) is None
+        name: arguments.get(name) is None
+        and all(getattr(place, name, None) is None for place in (generation_config, model.generation_config))
         for name in ("max_length", "min_length")
     }
     try:
@@ -120,8 +190,14 @@ def resolve(
     _check_settings(config, rest)
     if not torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else []).numel():
         config.eos_token_id = None  # an empty list means none too
-    given = rest.pop("input_ids", None)
-    mask = rest.pop("attention_mask", None)
+    return config, rest, defaulted
+
+
+def _prompts(
+    model: Any, config: Any, inputs: torch.Tensor | None, rest: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the prompts [B, S] as they were given, and where tokens are, bool; special tokens are made ready."""
+    given, mask = rest.pop("input_ids", None), rest.pop("attention_mask", None)
     for name, value in rest.items():
         if value is not None and name != "use_cache":
             raise _refused(f"{name}={value!r:.60}", _MODEL_ARGUMENTS.get(name, "Leave it out"))
@@ -129,40 +205,7 @@ def resolve(
         raise PromptError("generate was given both inputs and input_ids", accepted="one of them")
     ids = _check_ids(inputs if inputs is not None else given, config)
     model._prepare_special_tokens(config, mask is not None, device=ids.device, batch_size=len(ids))
-    keep = _keep(ids, mask) if mask is not None else _inferred(model, ids, config)
-    copies = config.num_return_sequences or 1
-    budget, least = _lengths(model, config, ids, defaulted)
-    ends = () if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
-    asked = _settings(config, [end for end in ends if end >= 0]) | {"min_new_tokens": least}
-    for criterion in list(criteria):
-        if replaced := _replacing(criterion, ids.shape[1]):
-            asked |= replaced
-            budget = replaced.get("max_new_tokens", budget)
-            criteria.remove(criterion)
-    asked["max_new_tokens"] = budget
-    own = {_key_of(processor, "logits processor"): processor for processor in processors}
-    ending = dict(_criterion(criterion, tokenizer) for criterion in criteria)
-    seeds, seeded = _seeds(seed, len(ids), copies, sampled=bool(config.do_sample))
-    if not seeded:
-        client.tell_once("seed", NO_SEED)
-    requests: list[Request] = []
-    for row, kept in zip(ids.tolist(), keep.tolist(), strict=True):
-        prompt = [token for token, real in zip(row, kept, strict=True) if real]
-        for copy in range(copies):
-            drawn = {} if not config.do_sample else seeds[len(requests)] | {"sample_index": sample_index + copy}
-            made = client.make_request(prompt, asked | drawn, logits_processors=own, stopping_criteria=ending)
-            requests.append(check_fits(made, client.source.context, client.source.vocabulary))
-    pad = config._pad_token_tensor
-    return Call(
-        ids.repeat_interleave(copies, dim=0),
-        requests,
-        seeded,
-        0 if pad is None else int(pad.flatten()[0]),
-        streamer,
-        bool(config.return_dict_in_generate),
-        bool(config.output_scores),
-        bool(config.output_logits),
-    )
+    return ids, _inferred(model, ids, config) if mask is None else _keep(ids, mask)
 
 
 def resolver_of(client: Client) -> Any:
@@ -277,7 +320,7 @@ def _lengths(model: Any, config: Any, ids: torch.Tensor, defaulted: Mapping[str,
     return config.max_length - width, max(0, (config.min_length or 0) - width)
 
 
-def _settings(config: Any, ends: Sequence[int]) -> dict[str, Any]:
+def _settings(config: Any) -> dict[str, Any]:
     """Return a resolved configuration's settings that decide an answer; what changes nothing is left out."""
 
     def plain(value: Any) -> Any:
@@ -295,7 +338,8 @@ def _settings(config: Any, ends: Sequence[int]) -> dict[str, Any]:
         asked |= {name: value for name in ("top_p", "typical_p") if (value := getattr(config, name) or 1.0) < 1}
         cutoffs = {name: getattr(config, name) or 0.0 for name in ("epsilon_cutoff", "eta_cutoff")}
         asked |= {name: value for name, value in cutoffs.items() if 0 < value < 1}
-    return asked | {"eos_token_id": list(ends)}
+    ends = () if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    return asked | {"eos_token_id": [end for end in ends if end >= 0]}  # to transformers a negative one is none
 
 
 def _replacing(criterion: Any, width: int) -> dict[str, Any]:
@@ -309,13 +353,20 @@ def _replacing(criterion: Any, width: int) -> dict[str, Any]:
     return {}
 
 
-def _criterion(criterion: Any, tokenizer: Any) -> tuple[str, Callable[[int], Any]]:
+def criterion_of(criterion: Any) -> tuple[str, Callable[[int], Any]]:
     """Return a caller's stopping criterion by its cache key, as what makes one for a prompt of so many tokens."""
     if type(criterion).__name__ == "MultiTokenEOSCriteria" and type(criterion).__module__.startswith("lm_eval."):
         # lm-eval's: it counts the rows of a batch and the width of its prompts, and here each row is one of its own
         kind, sequence, own = type(criterion), criterion.sequence, criterion.tokenizer
         return f"lm-eval until {sequence!r}", lambda length: kind(sequence, own, length, 1)
     return _key_of(criterion, "stopping criterion"), lambda _: criterion
+
+
+def _stop_strings(stop_strings: str | list[str], tokenizer: Any) -> dict[str, Callable[[int], Any]]:
+    """Return stop strings by another tokenizer than the client's as a criterion, by its cache key."""
+    texts = sorted({stop_strings} if isinstance(stop_strings, str) else set(stop_strings))
+    criterion = StopStringCriteria(tokenizer, texts)
+    return {f"stop strings {texts!r} by tokenizer {Tokenizer.from_object(tokenizer).digest}": lambda _: criterion}
 
 
 def _key_of(own: Any, what: str) -> str:
@@ -329,15 +380,14 @@ def _key_of(own: Any, what: str) -> str:
     return key
 
 
-def _seeds(seed: Any, rows: int, copies: int, *, sampled: bool) -> tuple[list[dict[str, int]], bool]:
+def _seeds(seed: Any, rows: int, copies: int, *, sampled: bool) -> tuple[list[Any], bool]:
     """Return the seed of each of ``rows * copies`` sequences, and whether the caller gave it."""
     if isinstance(seed, torch.Tensor):
         seed = seed.tolist()
     if seed is None:
         # as transformers' sampling does, this follows torch.manual_seed
-        drawn = torch.randint(0, 2**63 - 1, (rows * copies,)).tolist() if sampled else [0] * rows * copies
-        return [{"seed": one} for one in drawn], not sampled
+        return torch.randint(0, 2**63 - 1, (rows * copies,)).tolist() if sampled else [], not sampled
     if isinstance(seed, Sequence):
         check_seeds(seed, rows)
-        return [{"seed": one} for one in seed for _ in range(copies)], True
-    return [{"seed": seed}] * rows * copies, True
+        return [one for one in seed for _ in range(copies)], True
+    return [seed] * rows * copies, True
