@@ -74,11 +74,15 @@ class GenerationParams(Frozen):
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @cached_property
+    def changed(self) -> frozenset[str]:
+        """Return the parameters that are not at their default."""
+        fields = type(self).model_fields.items()
+        return frozenset(name for name, field in fields if getattr(self, name) != field.default)
+
+    @cached_property
     def processed(self) -> bool:
         """Return whether tokens are chosen from other scores than the model's own: processed, or with noise added."""
-        return not self.model_fields_set.isdisjoint(_PROCESSING) and any(
-            getattr(self, name) != type(self).model_fields[name].default for name in _PROCESSING
-        )
+        return not self.changed <= _UNPROCESSED
 
     @property
     def named_token_ids(self) -> set[int]:
@@ -247,9 +251,9 @@ SAMPLING = (
     *("typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
 """What changes nothing without sampling."""
-_ENDING = ("max_new_tokens", "eos_token_ids", "stop_strings", "stopping_criteria")
+ENDING = ("max_new_tokens", "eos_token_ids", "stop_strings", "stopping_criteria")
 """What decides only where an answer ends."""
-_PROCESSING = tuple(name for name in GenerationParams.model_fields if name not in (*_ENDING, "seed"))
+_UNPROCESSED = frozenset({*ENDING, "seed"})
 
 
 def check_named_ids(params: GenerationParams, vocabulary: int) -> None:

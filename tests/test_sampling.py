@@ -10,7 +10,8 @@ import torch
 from scipy.stats import chisquare, kstest
 from support import request
 
-from stablegen.engine.choosing import Chooser, choose, processors_for
+from stablegen.engine.choosing import Chooser, choose
+from stablegen.engine.processors import processors_for
 from stablegen.kernels.base import BestTwo
 from stablegen.kernels.reference import best_two, log_probs
 from stablegen.kernels.sampling import gumbel, state_of, uniforms

@@ -1,8 +1,6 @@
-"""Choosing tokens from processed scores: transformers' own logits processors, a row at a time, and Gumbel noise.
+"""Choosing tokens from processed scores, with Gumbel noise where they are sampled.
 
-A row is processed alone, [1, V], whatever runs beside it: the reductions inside processors (softmax, sums) would pick
-their order by the number of rows and by where a row begins in memory. What follows is exact or elementwise, and is done
-for all rows at once.
+Each row is processed alone; what follows is exact or elementwise, and is done for all rows at once.
 
 What a step's trace keeps of a sampled token: ``scores`` is its processed score as it stands, ``runner_up_scores`` is
 that less the margin by which it won, the noise included. So a margin is a margin, and the size of the scores, by which
@@ -11,22 +9,35 @@ the guard measures what numerics can do to it, is that of the scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from stablegen.engine.base import Follow
+from stablegen.engine.cuda_graph import Recorder, new_stream
+from stablegen.engine.processors import process, processors_for
 from stablegen.kernels.base import BestTwo
 from stablegen.kernels.reference import best_two, two_best
 from stablegen.kernels.sampling import gumbel, state_of
-from stablegen.params import GenerationParams
+from stablegen.params import ENDING
 from stablegen.policy import Batch
 from stablegen.request import Request
 
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of a recorded choice; more are chosen for in parts."""
+RECORDED = 16
+"""Recorded choices at most; the longest unused makes way."""
+STREAMS = 8
+"""Rows that a recorded choice processes side by side."""
 _MIXED = -0x61C8864680B583EB
 """Odd: what a hash of processed scores is multiplied by before that of the model's own is added."""
+_RECORDABLE = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "renormalize_logits")
+"""Parameters whose processing looks at nothing but a row of scores and waits for nothing, so that it can be recorded."""
+_BESIDE = frozenset({*_RECORDABLE, *ENDING, "do_sample", "seed", "sample_index"})
 
 
 class Chooser:
@@ -38,42 +49,152 @@ class Chooser:
     def __init__(
         self, request: Request, device: torch.device, answer: Sequence[int] = (), begun: Sequence[int] = ()
     ) -> None:
+        params = request.params
         self.request = request
+        self.processors = processors_for(request, device)
+        plain = params.changed <= _BESIDE
+        self.alike: tuple[Any, ...] | None = None
+        """Equal in rows that one recorded choice serves; None where none can."""
+        if plain and params.do_sample:
+            self.alike = tuple(getattr(params, name) for name in _RECORDABLE)
         self._given = bool(answer)
         self._length = len(request.prompt_ids)
-        ids = torch.zeros(1, self._length + request.params.max_new_tokens, dtype=torch.int64)
-        known = (*request.prompt_ids, *answer, *begun)[: ids.shape[1]]
-        ids[0, : len(known)] = torch.tensor(known)
-        self._ids = ids.to(device)
-        self._processors = processors_for(request, device)
-        params = request.params
-        self.states: torch.Tensor | None = None
-        """Of each step, what its random numbers are drawn from, [steps] int64; None where nothing is drawn."""
-        if params.do_sample:
-            assert params.seed is not None, "a request without a seed was given one at the door"
-            states = [state_of(params.seed, params.sample_index, step) for step in range(params.max_new_tokens)]
-            self.states = torch.tensor(states, dtype=torch.int64).to(device)
+        self._ids = torch.zeros(1, 0, dtype=torch.int64, device=device)
+        if not plain:
+            ids = torch.zeros(1, self._length + params.max_new_tokens, dtype=torch.int64)
+            known = (*request.prompt_ids, *answer, *begun)[: ids.shape[1]]
+            ids[0, : len(known)] = torch.tensor(known)
+            self._ids = ids.to(device)
 
     def process(self, scores: torch.Tensor, step: int) -> torch.Tensor:
         """Return the processed scores [1, V] float32 of a step, of the model's own [V] float32."""
-        ids = self._ids[:, : self._length + step]
-        with _OneOrder():
-            row = scores[None].clone()  # memory of its own, which begins at a boundary
-            for processor in self._processors:
-                row = processor(ids, row)
-        return row
+        return process(self.processors, self._ids[:, : self._length + step], scores)
+
+    def state(self, step: int) -> int | None:
+        """Return what a step's random numbers are drawn from; None where nothing is drawn."""
+        params = self.request.params
+        if not params.do_sample:
+            return None
+        assert params.seed is not None, "a request without a seed was given one at the door"
+        return state_of(params.seed, params.sample_index, step)
 
     def took(self, step: int, token: torch.Tensor) -> None:
-        """Remember the token that a step chose, a number on the device."""
-        if not self._given:
+        """Remember the token that a step chose, a number on the device, for processors that look back."""
+        if not self._given and self._ids.shape[1]:
             self._ids[0, self._length + step] = token
+
+
+class Selector:
+    """Lets choosers choose; on CUDA, processing that is alike in several rows is replayed as a graph.
+
+    ``graphs``: whether it is; it moves no bit.
+    """
+
+    def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        self._device = device
+        self._recorder = Recorder(device, wanted=graphs)
+        self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
+        self._streams: list[torch.cuda.Stream] = []
+
+    def choose(
+        self,
+        choosers: Sequence[Chooser],
+        scores: torch.Tensor,  # [R, V] float32, the model's own
+        steps: Sequence[int],
+        hashes: torch.Tensor,  # [R] int64, of the model's own scores
+    ) -> BestTwo:
+        """Return what each of R choosers chooses at its step; nothing waits for the device."""
+        if not self._recorder.wanted:
+            return choose(choosers, scores, steps, hashes)
+        groups: dict[Any, list[int]] = {}
+        for row, chooser in enumerate(choosers):
+            groups.setdefault(chooser.alike, []).append(row)
+        parts = [
+            (alike, rows[start : start + ROWS[-1]])
+            for alike, rows in groups.items()
+            for start in range(0, len(rows), ROWS[-1])
+        ]
+        made = []
+        for alike, rows in parts:
+            own = [choosers[row] for row in rows], [steps[row] for row in rows]
+            if len(parts) == 1:
+                given = scores, hashes
+            else:
+                at = upload(rows, self._device)
+                given = scores[at], hashes[at]
+            make = choose if alike is None else self._replay
+            made.append(make(own[0], given[0], own[1], given[1]))
+        if len(made) == 1:
+            return made[0]
+        places = sorted(range(len(choosers)), key=[row for _, rows in parts for row in rows].__getitem__)
+        order = upload(places, self._device)
+        return BestTwo(*(torch.cat(columns)[order] for columns in zip(*(_columns(best) for best in made), strict=True)))
+
+    def _replay(
+        self, choosers: Sequence[Chooser], scores: torch.Tensor, steps: Sequence[int], hashes: torch.Tensor
+    ) -> BestTwo:
+        count, vocabulary = scores.shape
+        size = next(rows for rows in ROWS if rows >= count)
+        key = choosers[0].alike, size, vocabulary
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            recorded = self._record(choosers[0], size, vocabulary)
+            if recorded is None:
+                return choose(choosers, scores, steps, hashes)
+            self._recorded[key] = recorded
+            if len(self._recorded) > RECORDED:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(key)
+        states = [chooser.state(step) or 0 for chooser, step in zip(choosers, steps, strict=True)]
+        recorded.scores[:count].copy_(scores)
+        recorded.hashes[:count].copy_(hashes)
+        recorded.states[:count].copy_(upload(states, self._device))
+        recorded.graph.replay()
+        return BestTwo(*(column[:count].clone() for column in _columns(recorded.best)))
+
+    def _record(self, chooser: Chooser, size: int, vocabulary: int) -> _Recorded | None:
+        """Return a choice for rows such as the chooser's, recorded after a run that loads what it launches."""
+        with torch.inference_mode(False):  # made in inference mode, it could not be written to in any other
+            scores = torch.zeros(size, vocabulary, device=self._device)
+            states, hashes = torch.zeros(2, size, dtype=torch.int64, device=self._device)
+        if not self._streams:
+            self._streams = [new_stream(self._device) for _ in range(STREAMS)]
+        run = partial(self._run, chooser, scores, states, hashes)
+        run()
+        made = self._recorder.record(run)
+        return None if made is None else _Recorded(made[0], scores, states, hashes, made[1])
+
+    def _run(self, chooser: Chooser, scores: torch.Tensor, states: torch.Tensor, hashes: torch.Tensor) -> BestTwo:
+        current = torch.cuda.current_stream(self._device)
+        rows: list[torch.Tensor] = []
+        for stream in self._streams:
+            stream.wait_stream(current)
+        for place, row in enumerate(scores):
+            with torch.cuda.stream(self._streams[place % STREAMS]):
+                rows.append(chooser.process(row, 0))
+        for stream in self._streams:
+            current.wait_stream(stream)
+        processed = torch.cat(rows)
+        return _best(processed, processed.double() + gumbel(states, scores.shape[1]), scores, hashes, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A recorded choice for rows of one kind: what it reads when it is replayed, and where it puts its results."""
+
+    graph: torch.cuda.CUDAGraph
+    scores: torch.Tensor
+    states: torch.Tensor
+    hashes: torch.Tensor
+    best: BestTwo
 
 
 class Choosers:
     """Those of a batch, by slot; rows without one take the best of the model's own scores."""
 
-    def __init__(self, batch: Batch, device: torch.device, follow: Follow | None = None) -> None:
+    def __init__(self, batch: Batch, device: torch.device, selector: Selector, follow: Follow | None = None) -> None:
         answers = follow or {}
+        self._selector = selector
         self._by_slot: Mapping[int | None, Chooser] = {
             slot: Chooser(request, device, answers.get(slot, ()))
             for slot, request in batch.requests
@@ -91,15 +212,11 @@ class Choosers:
         places, choosers = list(found), list(found.values())
         steps = [step] * len(places)
         if len(places) == len(slots):
-            return choose(choosers, scores, steps, best.hashes)
+            return self._selector.choose(choosers, scores, steps, best.hashes)
         at = upload(places, scores.device)
-        chosen = choose(choosers, scores[at], steps, best.hashes[at])
-        return BestTwo(
-            best.tokens.index_copy(0, at, chosen.tokens),
-            best.scores.index_copy(0, at, chosen.scores),
-            best.hashes.index_copy(0, at, chosen.hashes),
-            best.finite.index_copy(0, at, chosen.finite),
-        )
+        chosen = self._selector.choose(choosers, scores[at], steps, best.hashes[at])
+        columns = zip(_columns(best), _columns(chosen), strict=True)
+        return BestTwo(*(column.index_copy(0, at, other) for column, other in columns))
 
 
 def choose(
@@ -108,38 +225,49 @@ def choose(
     steps: Sequence[int],
     hashes: torch.Tensor,  # [R] int64, of the model's own scores
 ) -> BestTwo:
-    """Return what each of R choosers chooses at its step; nothing waits for the device."""
+    """Return what each of R choosers chooses at its step, one launch after the other."""
     processed = torch.cat(
         [chooser.process(row, step) for chooser, row, step in zip(choosers, scores, steps, strict=True)]
     )
-    ranked, drawn = processed.double(), [chooser.states is not None for chooser in choosers]
-    if any(drawn):
-        states = [chooser.states for chooser in choosers if chooser.states is not None]
-        own = [step for step, chooser in zip(steps, choosers, strict=True) if chooser.states is not None]
-        noise = gumbel(torch.stack([row[step] for row, step in zip(states, own, strict=True)]), scores.shape[1])
-        if all(drawn):
+    states = [chooser.state(step) for chooser, step in zip(choosers, steps, strict=True)]
+    drawn = {row: state for row, state in enumerate(states) if state is not None}
+    ranked = processed.double()
+    if drawn:
+        noise = gumbel(upload(list(drawn.values()), scores.device), scores.shape[1])
+        if len(drawn) == len(choosers):
             ranked += noise
         else:
-            ranked.index_add_(0, upload([row for row, draws in enumerate(drawn) if draws], scores.device), noise)
-    tokens = two_best(ranked)
-    for chooser, step, token in zip(choosers, steps, tokens[:, 0], strict=True):
-        chooser.took(step, token)
-    margins = ranked.gather(1, tokens)
-    kept = processed.gather(1, tokens)
-    winner, runner_up = kept.unbind(1)
-    if any(drawn):
-        margin = margins[:, 0] - margins[:, 1]
-        by_margin = (winner.double() - margin).float()
-        runner_up = by_margin if all(drawn) else torch.where(upload(drawn, scores.device), by_margin, runner_up)
-    sound = torch.isfinite(scores).all(1)
+            ranked.index_add_(0, upload(list(drawn), scores.device), noise)
+    greedy = None
+    if len(drawn) < len(choosers):
+        greedy = upload([state is None for state in states], scores.device)
+    best = _best(processed, ranked, scores, hashes, greedy)
     tolerant = [chooser.request.params.remove_invalid_values for chooser in choosers]
     if any(tolerant):
-        sound = sound | upload(tolerant, scores.device)
+        sound = best.finite | (upload(tolerant, scores.device) & torch.isfinite(best.scores[:, 0]))
+        best = BestTwo(best.tokens, best.scores, best.hashes, sound)
+    for chooser, step, token in zip(choosers, steps, best.tokens[:, 0], strict=True):
+        chooser.took(step, token)
+    return best
+
+
+def _best(
+    processed: torch.Tensor,  # [R, V] float32
+    ranked: torch.Tensor,  # [R, V] float64, noise included
+    scores: torch.Tensor,  # [R, V] float32, the model's own
+    hashes: torch.Tensor,  # [R] int64
+    greedy: torch.Tensor | None,  # [R] bool: rows without noise; None where there are none
+) -> BestTwo:
+    tokens = two_best(ranked)
+    winner, runner_up = processed.gather(1, tokens).unbind(1)
+    first, second = ranked.gather(1, tokens).unbind(1)
+    by_margin = (winner.double() - (first - second)).float()
+    runner_up = by_margin if greedy is None else torch.where(greedy, runner_up, by_margin)
     return BestTwo(
         tokens=tokens,
         scores=torch.stack([winner, runner_up], dim=1) + 0.0,
         hashes=hashes + best_two(processed).hashes * _MIXED,
-        finite=sound & torch.isfinite(winner) & ~processed.isnan().any(1),
+        finite=torch.isfinite(scores).all(1) & torch.isfinite(winner) & ~processed.isnan().any(1),
     )
 
 
@@ -149,108 +277,5 @@ def upload(values: Sequence[int] | Sequence[bool], device: torch.device) -> torc
     return listed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else listed
 
 
-class _OneOrder(TorchFunctionMode):
-    """A context in which a CUDA device adds a row up in one order.
-
-    Of a single row torch makes a cumulative sum whose order changes from run to run; of two it does not.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call ``func``; a cumulative sum of one row as one of that row twice."""
-        kwargs = kwargs or {}
-        if func in (torch.cumsum, torch.Tensor.cumsum) and args[0].is_cuda and args[0].shape[:-1].numel() == 1:
-            row = args[0]
-            return func(torch.cat([row, row]), *args[1:], **kwargs)[: len(row)]
-        return func(*args, **kwargs)
-
-
-def processors_for(request: Request, device: torch.device) -> list[Any]:
-    """Return transformers' logits processors for a request, in transformers' order, the caller's own among them.
-
-    One of the caller's takes the place of one of the same type; the others stand before those of sampling.
-    """
-    from transformers.generation import LogitNormalization
-
-    made = _of_words(request, device) + _of_lengths(request, device)
-    own = {type(processor): processor for processor in request.logits_processors}
-    made = [own.pop(type(processor), processor) for processor in made]
-    made += [processor for processor in request.logits_processors if type(processor) in own]
-    made += _warpers(request.params, device)
-    return [*made, LogitNormalization()] if request.params.renormalize_logits else made
-
-
-def _of_words(request: Request, device: torch.device) -> list[Any]:
-    """Return the processors that favour, penalise or forbid tokens by what was said before."""
-    from transformers.generation import logits_process as hf
-
-    params, prompt = request.params, torch.tensor([request.prompt_ids], device=device)
-    made: list[Any] = []
-    if params.sequence_bias:
-        made.append(hf.SequenceBiasLogitsProcessor(dict(params.sequence_bias)))
-    if params.encoder_repetition_penalty != 1.0:
-        made.append(hf.EncoderRepetitionPenaltyLogitsProcessor(params.encoder_repetition_penalty, prompt))
-    if params.repetition_penalty != 1.0:
-        made.append(hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if params.no_repeat_ngram_size:
-        made.append(hf.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
-    if params.encoder_no_repeat_ngram_size:
-        made.append(hf.EncoderNoRepeatNGramLogitsProcessor(params.encoder_no_repeat_ngram_size, prompt))
-    words = [list(word) for word in params.bad_words_ids if word not in {(end,) for end in params.eos_token_ids}]
-    if words:
-        made.append(hf.NoBadWordsLogitsProcessor(words))
-    return made
-
-
-def _of_lengths(request: Request, device: torch.device) -> list[Any]:
-    """Return the processors that favour, force or forbid tokens by how long the answer is, or always."""
-    from transformers.generation import logits_process as hf
-
-    params, length, name = request.params, len(request.prompt_ids), str(device)
-    ends = torch.tensor(params.eos_token_ids, dtype=torch.int64, device=device)
-    made: list[Any] = []
-    if params.min_new_tokens:
-        made.append(hf.MinNewTokensLengthLogitsProcessor(length, params.min_new_tokens, ends, device=name))
-    if params.forced_bos_token_id is not None:
-        made.append(hf.ForcedBOSTokenLogitsProcessor(params.forced_bos_token_id))
-    if params.forced_eos_token_ids:
-        forced = list(params.forced_eos_token_ids)
-        made.append(hf.ForcedEOSTokenLogitsProcessor(length + params.max_new_tokens, forced, device=name))
-    if params.remove_invalid_values:
-        made.append(hf.InfNanRemoveLogitsProcessor())
-    if params.exponential_decay_length_penalty is not None:
-        made.append(hf.ExponentialDecayLengthPenalty(params.exponential_decay_length_penalty, ends, length))
-    if params.suppress_tokens:
-        made.append(hf.SuppressTokensLogitsProcessor(list(params.suppress_tokens), device=name))
-    if params.begin_suppress_tokens:
-        begin = length if length > 1 or params.forced_bos_token_id is None else length + 1
-        banned = list(params.begin_suppress_tokens)
-        made.append(hf.SuppressTokensAtBeginLogitsProcessor(banned, begin, device=name))
-    return made
-
-
-def _warpers(params: GenerationParams, device: torch.device) -> list[Any]:
-    """Return those that only sampling has, in transformers' order."""
-    from transformers.generation import logits_process as hf
-
-    made: list[Any] = []
-    if not params.do_sample:
-        return made
-    if params.temperature != 1.0:
-        made.append(hf.TemperatureLogitsWarper(params.temperature))
-    if params.top_h is not None:
-        made.append(hf.TopHLogitsWarper(params.top_h))
-    if params.top_k:
-        made.append(hf.TopKLogitsWarper(params.top_k))
-    if params.top_p < 1.0:
-        made.append(hf.TopPLogitsWarper(params.top_p))
-    if params.min_p is not None:
-        made.append(hf.MinPLogitsWarper(params.min_p))
-    if params.typical_p < 1.0:
-        made.append(hf.TypicalLogitsWarper(params.typical_p))
-    if params.epsilon_cutoff:
-        made.append(hf.EpsilonLogitsWarper(params.epsilon_cutoff))
-    if params.eta_cutoff:
-        made.append(hf.EtaLogitsWarper(params.eta_cutoff, device=str(device)))
-    return made
+def _columns(best: BestTwo) -> tuple[torch.Tensor, ...]:
+    return best.tokens, best.scores, best.hashes, best.finite

@@ -56,7 +56,7 @@ class Recorder:
 
     def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
         current = torch.cuda.current_stream(self._device)
-        stream = self._free.pop() if self._free else _new_stream(self._device)
+        stream = self._free.pop() if self._free else new_stream(self._device)
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         pool = None if self._oldest is None else self._oldest.pool()
@@ -74,7 +74,7 @@ class Recorder:
         return graph, result
 
 
-def _new_stream(device: torch.device) -> torch.cuda.Stream:
+def new_stream(device: torch.device) -> torch.cuda.Stream:
     """Return a stream that nothing has run on, and that torch gives to nobody else."""
     made = ctypes.c_void_p()
     with torch.cuda.device(device):

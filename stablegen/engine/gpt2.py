@@ -25,7 +25,7 @@ import torch
 
 from stablegen.checkpoint import check_invariant
 from stablegen.engine.base import Answer, Generated, Listener, Observer, Stopper
-from stablegen.engine.choosing import Chooser, choose, upload
+from stablegen.engine.choosing import Chooser, Selector, upload
 from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.decode import check_flags, computing, cpu_threads, raise_failed
 from stablegen.engine.kv_cache import TICKS, KVCache
@@ -207,6 +207,7 @@ class GPT2Engine:
         self.kv_cache_size = kv_cache_size or DEFAULT_KV_CACHE[kind]
         self.graphs = graphs
         self.tokenizer = tokenizer or Tokenizer.absent()
+        self.selector = Selector(model.device, graphs=graphs)
         self._lock = threading.RLock()
         self._running = False
         self._memory: _Memory | None = None
@@ -515,7 +516,7 @@ class _Run:
             at = upload(places, scores.device)
             log = self._cache.log[self._tick % TICKS]
             hashes = log[at, 4:6].contiguous().view(torch.int64)[:, 0]
-            best = choose(choosers, scores[at], steps, hashes)
+            best = self._engine.selector.choose(choosers, scores[at], steps, hashes)
             log.index_copy_(0, at, words_of(best))
             if fed:
                 newest = best.tokens[upload(fed, scores.device), 0]

@@ -17,7 +17,7 @@ import torch
 
 from stablegen.engine.attention import OneKernel
 from stablegen.engine.base import Follow, Generated, Listener, Observer, Stopper
-from stablegen.engine.choosing import Choosers
+from stablegen.engine.choosing import Choosers, Selector
 from stablegen.engine.decode import Answers, check_flags, cpu_threads, decode, raise_failed, run_on, unsigned
 from stablegen.engine.stopping import stopper_for
 from stablegen.errors import ModelError
@@ -51,6 +51,7 @@ class TransformersEngine:
         self.model = model
         self.numerics = numerics
         self.tokenizer = tokenizer or Tokenizer.absent()
+        self.selector = Selector(model.device, graphs=graphs)
         self.limits = Limits(context=context, static_cache=numerics.static_cache)
         self.accepts = frozenset(inspect.signature(model.forward).parameters)
         self.attention = nullcontext if isinstance(load_policy(numerics.policy), Native) else OneKernel
@@ -89,7 +90,7 @@ class TransformersEngine:
     def _decode(
         self, batch: Batch, observe: Observer | None, follow: Follow | None, listen: Listener | None
     ) -> Generator[Generated, None, None]:
-        choosers = Choosers(batch, self.model.device, follow)
+        choosers = Choosers(batch, self.model.device, self.selector, follow)
         made = partial(Answers, batch, follow=follow, stopper=self._stopper, listen=listen)
         if self._static is not None:
             return self._static.decode(batch, *left_padded(batch), made, choosers, observe)

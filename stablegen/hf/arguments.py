@@ -312,7 +312,7 @@ def _lengths(model: Any, config: Any, ids: torch.Tensor, defaulted: Mapping[str,
         config = model._prepare_generated_length(
             config, defaulted["max_length"], defaulted["min_length"], "input_ids", width, ids
         )
-        model._validate_generated_length(config, width, False)
+        model._validate_generated_length(config, width, defaulted["max_length"])
     except (ValueError, TypeError) as error:
         raise ParameterError(
             f"transformers refuses the lengths given to generate: {error}", accepted="max_new_tokens of at least 1"

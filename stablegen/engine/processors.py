@@ -1,0 +1,132 @@
+"""Transformers' own logits processors for a request, and how a row of scores goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from stablegen.params import GenerationParams
+from stablegen.request import Request
+
+
+def process(processors: Sequence[Any], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Return the processed scores [1, V] float32 that follow ``ids`` [1, S], of the model's own [V] float32.
+
+    A row goes through alone, whatever runs beside it: the reductions inside processors (softmax, sums) would pick their
+    order by the number of rows, and by where a row begins in memory.
+    """
+    row = scores[None].clone()  # memory of its own, which begins at a boundary
+    with _OneOrder():
+        for processor in processors:
+            row = processor(ids, row)
+    return row
+
+
+class _OneOrder(TorchFunctionMode):
+    """A context in which a CUDA device adds a row up in one order.
+
+    Of a single row torch makes a cumulative sum whose order changes from run to run; of two it does not.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``; a cumulative sum of one row as one of that row twice."""
+        kwargs = kwargs or {}
+        if func in (torch.cumsum, torch.Tensor.cumsum) and args[0].is_cuda and args[0].shape[:-1].numel() == 1:
+            row = args[0]
+            return func(torch.cat([row, row]), *args[1:], **kwargs)[: len(row)]
+        return func(*args, **kwargs)
+
+
+def processors_for(request: Request, device: torch.device) -> list[Any]:
+    """Return transformers' logits processors for a request, in transformers' order, the caller's own among them.
+
+    One of the caller's takes the place of one of the same type; the others stand before those of sampling.
+    """
+    from transformers.generation import LogitNormalization
+
+    made = _of_words(request, device) + _of_lengths(request, device)
+    own = {type(processor): processor for processor in request.logits_processors}
+    made = [own.pop(type(processor), processor) for processor in made]
+    made += [processor for processor in request.logits_processors if type(processor) in own]
+    made += _warpers(request.params, device)
+    return [*made, LogitNormalization()] if request.params.renormalize_logits else made
+
+
+def _of_words(request: Request, device: torch.device) -> list[Any]:
+    """Return the processors that favour, penalise or forbid tokens by what was said before."""
+    from transformers.generation import logits_process as hf
+
+    params, prompt = request.params, torch.tensor([request.prompt_ids], device=device)
+    made: list[Any] = []
+    if params.sequence_bias:
+        made.append(hf.SequenceBiasLogitsProcessor(dict(params.sequence_bias)))
+    if params.encoder_repetition_penalty != 1.0:
+        made.append(hf.EncoderRepetitionPenaltyLogitsProcessor(params.encoder_repetition_penalty, prompt))
+    if params.repetition_penalty != 1.0:
+        made.append(hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.no_repeat_ngram_size:
+        made.append(hf.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
+    if params.encoder_no_repeat_ngram_size:
+        made.append(hf.EncoderNoRepeatNGramLogitsProcessor(params.encoder_no_repeat_ngram_size, prompt))
+    words = [list(word) for word in params.bad_words_ids if word not in {(end,) for end in params.eos_token_ids}]
+    if words:
+        made.append(hf.NoBadWordsLogitsProcessor(words))
+    return made
+
+
+def _of_lengths(request: Request, device: torch.device) -> list[Any]:
+    """Return the processors that favour, force or forbid tokens by how long the answer is, or always."""
+    from transformers.generation import logits_process as hf
+
+    params, length, name = request.params, len(request.prompt_ids), str(device)
+    ends = torch.tensor(params.eos_token_ids, dtype=torch.int64, device=device)
+    made: list[Any] = []
+    if params.min_new_tokens:
+        made.append(hf.MinNewTokensLengthLogitsProcessor(length, params.min_new_tokens, ends, device=name))
+    if params.forced_bos_token_id is not None:
+        made.append(hf.ForcedBOSTokenLogitsProcessor(params.forced_bos_token_id))
+    if params.forced_eos_token_ids:
+        forced = list(params.forced_eos_token_ids)
+        made.append(hf.ForcedEOSTokenLogitsProcessor(length + params.max_new_tokens, forced, device=name))
+    if params.remove_invalid_values:
+        made.append(hf.InfNanRemoveLogitsProcessor())
+    if params.exponential_decay_length_penalty is not None:
+        made.append(hf.ExponentialDecayLengthPenalty(params.exponential_decay_length_penalty, ends, length))
+    if params.suppress_tokens:
+        made.append(hf.SuppressTokensLogitsProcessor(list(params.suppress_tokens), device=name))
+    if params.begin_suppress_tokens:
+        begin = length if length > 1 or params.forced_bos_token_id is None else length + 1
+        banned = list(params.begin_suppress_tokens)
+        made.append(hf.SuppressTokensAtBeginLogitsProcessor(banned, begin, device=name))
+    return made
+
+
+def _warpers(params: GenerationParams, device: torch.device) -> list[Any]:
+    """Return those that only sampling has, in transformers' order."""
+    from transformers.generation import logits_process as hf
+
+    made: list[Any] = []
+    if not params.do_sample:
+        return made
+    if params.temperature != 1.0:
+        made.append(hf.TemperatureLogitsWarper(params.temperature))
+    if params.top_h is not None:
+        made.append(hf.TopHLogitsWarper(params.top_h))
+    if params.top_k:
+        made.append(hf.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        made.append(hf.TopPLogitsWarper(params.top_p))
+    if params.min_p is not None:
+        made.append(hf.MinPLogitsWarper(params.min_p))
+    if params.typical_p < 1.0:
+        made.append(hf.TypicalLogitsWarper(params.typical_p))
+    if params.epsilon_cutoff:
+        made.append(hf.EpsilonLogitsWarper(params.epsilon_cutoff))
+    if params.eta_cutoff:
+        made.append(hf.EtaLogitsWarper(params.eta_cutoff, device=str(device)))
+    return made
