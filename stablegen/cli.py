@@ -65,6 +65,13 @@ class OnRiskChoice(StrEnum):
     raise_ = "raise"
 
 
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Seed = Annotated[int | None, typer.Option(help="Sample, by this seed; without one decoding is greedy.")]
+SampleIndex = Annotated[int | None, typer.Option(help="Which of a seed's samples.")]
+Temperature = Annotated[float | None, typer.Option(help="What scores are divided by before one samples.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the tokens that make up this share.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given again.")]
 Model = Annotated[str | None, typer.Option(help="Hub name or local directory; the embedded tiny-gpt2 if none.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Policy = Annotated[str | None, typer.Option(help="single, padded:N, invariant, or native (the control).")]
@@ -118,7 +125,13 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
     app_name: App = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = None,
+    sample_index: SampleIndex = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    stop: Stop = None,
     on_risk: Annotated[OnRiskChoice | None, typer.Option(help="What happens to a flagged hit.")] = None,
     cache_dir: CacheDir = None,
     out: Annotated[Path | None, typer.Option(help="Write the answers to this file instead.")] = None,
@@ -129,6 +142,7 @@ def generate(
     from stablegen.prompts import PromptLine
 
     lines = _input(prompts, file)
+    asked = _asked(max_new_tokens, seed, sample_index, temperature, top_k, top_p, stop)
     with (
         _output(out) as write,
         Client.from_pretrained(
@@ -149,7 +163,7 @@ def generate(
             if line.prompt is None:
                 continue
             try:
-                request = client.request(line.prompt, max_new_tokens=max_new_tokens)
+                request = client.request(line.prompt, **asked)
             except (ParameterError, UnsupportedParameterError):
                 raise
             except InvalidRequestError as error:
@@ -175,6 +189,26 @@ def generate(
         raise stopped
     if failed:
         raise typer.Exit(1)
+
+
+def _asked(
+    max_new_tokens: int,
+    seed: int | None,
+    sample_index: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    stop: list[str] | None,
+) -> dict[str, Any]:
+    """Return the parameters of a request; a seed means sampling."""
+    sampled = {"sample_index": sample_index, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if seed is not None:
+        sampled |= {"do_sample": True, "seed": seed}
+    given = {name: value for name, value in sampled.items() if value is not None}
+    if given and seed is None:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ParameterError(f"{names} without --seed", accepted="them beside --seed, which means sampling")
+    return {"max_new_tokens": max_new_tokens, "stop_strings": stop or None, **given}
 
 
 def _input(prompts: list[str] | None, file: Path | None) -> list[Any]:
@@ -373,7 +407,13 @@ def why(
     prompt: Annotated[str, typer.Argument(help="The prompt that missed.")],
     model: Model = None,
     revision: Revision = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = None,
+    sample_index: SampleIndex = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    stop: Stop = None,
     app_name: App = None,
     cache_dir: CacheDir = None,
 ) -> None:
@@ -381,7 +421,8 @@ def why(
     from stablegen.why import explain_miss
 
     with _client(model, None, None, None, app_name, cache_dir, revision=revision) as client:
-        request = client.request(prompt, max_new_tokens=max_new_tokens)
+        asked = _asked(max_new_tokens, seed, sample_index, temperature, top_k, top_p, stop)
+        request = client.request(prompt, **asked)
         if client.store.get(request.key) is not None:
             print(f"a hit: the cache holds an answer under {request.key}")
             return

@@ -36,7 +36,7 @@ STREAMS = 8
 _MIXED = -0x61C8864680B583EB
 """Odd: what a hash of processed scores is multiplied by before that of the model's own is added."""
 _RECORDABLE = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "renormalize_logits")
-"""Parameters whose processing looks at nothing but a row of scores and waits for nothing, so that it can be recorded."""
+"""Parameters whose processing looks at nothing but a row of scores and waits for nothing: it can be recorded."""
 _BESIDE = frozenset({*_RECORDABLE, *ENDING, "do_sample", "seed", "sample_index"})
 
 
