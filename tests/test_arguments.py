@@ -88,16 +88,16 @@ def test_what_is_refused_says_what_to_do_instead(name: str, asking: Client) -> N
         given["top_k"] = 4
     if name == "num_beam_groups":
         given["num_beams"] = 4
-    with pytest.raises(UnsupportedParameterError, match="no policy makes stable.*Or pass unsupported='passthrough'"):
+    with pytest.raises(UnsupportedParameterError, match=r"no policy makes stable.*Or pass unsupported='passthrough'"):
         asking.generate(IDS, max_new_tokens=2, **given)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, said in listed().items() if said.startswith("changes")))
 def test_what_changes_no_answer_is_no_part_of_the_key(name: str, asking: Client) -> None:
     values: dict[str, Any] = {"use_cache": False, "early_stopping": True, "cache_implementation": "static"}
-    value = values.get(
-        name, 1 if name not in ("compile_config", "continuous_batching_config", "cache_config") else None
-    )
+    values |= {"assistant_ensemble_weight": 0.5}
+    values |= dict.fromkeys(("compile_config", "continuous_batching_config", "cache_config"))
+    value = values.get(name, 1)
     plain = resolve(asking, IDS, GenerationConfig(max_new_tokens=2), None, 0, {}).requests
     config = GenerationConfig(max_new_tokens=2)
     if name != "trust_remote_code":
@@ -123,7 +123,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(settings))
+@pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 def test_processors_are_those_that_transformers_makes_in_its_order(settings: dict[str, Any], asking: Client) -> None:
     config = GenerationConfig(max_new_tokens=4, **settings)
     (asked,) = resolve(asking, IDS, config, 1, 0, {}).requests

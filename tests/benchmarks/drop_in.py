@@ -162,7 +162,7 @@ def measure_pipeline(directory: str | None, device: Device, options: Any, folder
 
 
 def measure_speed(directory: str | None, device: Device, options: Any, folder: Path) -> dict[str, Any]:
-    """Time answers of 64 tokens: ``model.generate`` against ``invariant``, in one run, both warmed up, nothing cached."""
+    """Time answers: ``model.generate`` against ``invariant``, in one run, both warmed up, nothing cached."""
     model, tokenizer = load(directory, device, options.dtype)
     own = type(model).generate
     stablegen.stabilize(model, tokenizer, policy="invariant", cache_dir=folder)

@@ -5,16 +5,17 @@ each size. Kept: recall, precision and flagged share at several values of ``acce
 scores, and the precision-recall curves of the predicted probability and of the smallest margin. Answers come from
 several processes that share a cache: transformers waits for the CPU most of the time.
 
-Run it with: python tests/benchmarks/guard_recall.py [--model DIR [--random]] [--dtype bfloat16] [--workers 8] [--out F]
+Run it with: python tests/benchmarks/guard_recall.py [--model DIR [--random]] [--dtype bfloat16] [--sampled] [--out F]
 """
 
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
+from typing import Any
 
 from subjects import client_of, parse, parser_of, subject_of, tell
 
@@ -45,6 +46,7 @@ FRAMES = (
     "The truth about {}",
 )
 ACCEPTED_RISKS = sorted({0.01, 0.005, 0.003, 0.002, 0.001, DEFAULT_ACCEPTED_RISK}, reverse=True)
+SAMPLED = {"do_sample": True, "seed": 1, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 Told = list[tuple[float, bool]]
 
 
@@ -113,9 +115,9 @@ class Worker:
         cls.client = client_of(*asked_of)
 
 
-def answer(prompts: list[str], tokens: int) -> int:
+def answer(prompts: list[str], settings: Mapping[str, Any]) -> int:
     """Answer each prompt alone; the cache keeps it."""
-    return sum(len(Worker.client.complete(prompt, max_new_tokens=tokens).token_ids) for prompt in prompts)
+    return sum(len(Worker.client.complete(prompt, **settings).token_ids) for prompt in prompts)
 
 
 def parts(keys: list[str]) -> list[bool]:
@@ -137,12 +139,14 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=60, help="prompts of the first set, beside the package's own")
     parser.add_argument("--judge", type=int, default=600, help="prompts of the second set")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--sampled", action="store_true", help=f"sample: {SAMPLED}")
     options = parse(parser)
     sizes = [int(size) for size in options.sizes.split(",")]
     prompts = [frame.format(word) for word in WORDS for frame in FRAMES]
     random.Random(0).shuffle(prompts)
     calibrating = [*SAMPLE, *prompts[: options.calibrate]]
     judging = prompts[options.calibrate :][: options.judge]
+    settings = {"max_new_tokens": options.tokens, **(SAMPLED if options.sampled else {})}
     started = time.perf_counter()
     with subject_of(options) as (model, folder):
         asked_of = (model, "native", options.dtype, options.device, f"{folder}/cache")
@@ -156,8 +160,8 @@ def main() -> None:
             ) as pool,
         ):
             asked = calibrating + judging
-            list(pool.map(answer, pieces(asked, 8), repeat(options.tokens)))
-            keys = [client.request(prompt, max_new_tokens=options.tokens).key for prompt in asked]
+            list(pool.map(answer, pieces(asked, 8), repeat(settings)))
+            keys = [client.request(prompt, **settings).key for prompt in asked]
             first, last = keys[: len(calibrating)], keys[len(calibrating) :]
             second = [client.inspect(key) for key in last]
             priors = [client.judge(record).probability or 0.0 for record in second]
@@ -175,6 +179,7 @@ def main() -> None:
     report = {
         "numerics": numerics.model_dump(exclude_none=True),
         "calibration": {"prompts": calibration.prompts, "steps": calibration.steps, "flips": calibration.flips},
+        "settings": settings,
         "completions": len(truth),
         "diverged": {size: sum(rows) for size, rows in parted.items()},
         "at_accepted_risk": [at_accepted_risk(told, accepted_risk) for accepted_risk in ACCEPTED_RISKS],
