@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from math import frexp, ldexp, log, sqrt
+from math import frexp, inf, ldexp, log, sqrt
 
 from stablegen.errors import CalibrationError
 from stablegen.frozen import Frozen
@@ -148,6 +148,8 @@ def moved(recorded: Trace, current: Trace) -> list[tuple[float, float, float, bo
     found = []
     rows = zip(recorded.tokens, recorded.scores, recorded.margins, current.tokens, current.margins, strict=False)
     for token, score, margin, chosen, now in rows:
+        if margin == inf or now == inf:
+            continue  # one token was left to sample from, and nothing says how near the next one was
         flipped = chosen != token
         # by how much its token leads now, or lags behind
         found.append((margin, score, (-now if flipped else now) - margin, flipped))

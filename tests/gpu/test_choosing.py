@@ -151,13 +151,17 @@ def test_one_pass_gives_what_decoding_gave(dtype: str, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_graphs_and_few_rows_move_no_bit(dtype: str) -> None:
-    asked = [processed(seed, 1 + 31 * seed, 9, PROCESSING["temperature and cuts"]) for seed in range(1, 9)]
+    kinds = [PROCESSING["temperature and cuts"], SAMPLED | {"min_p": 0.001}, SAMPLED]
+    asked = [processed(seed, 1 + 31 * (seed % 9), 9, kinds[seed % 2 * (seed % 3)]) for seed in range(1, 75)]
     expected = None
     for settings in ({}, {"graphs": False}, {"max_rows": 3}, {"chunk": 64}):
         engine = invariant(dtype, **settings)
         found = {done.request.key: done.trace for done in engine.generate(Batch(tuple(asked)))}
         expected = expected or found
         assert found == expected
+        recorded = engine.selector._recorded
+        assert bool(recorded) is (settings != {"graphs": False})
+        assert all(rows <= 64 for _, rows, _ in recorded)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -247,17 +251,15 @@ def test_a_stabilized_model_answers_on_its_device(policy: str, tmp_path: Path) -
     model = load_model(SMALL, "float32", "cuda")
     ids = torch.tensor([make_ids(seed, 20, VOCABULARY) for seed in range(4)], device="cuda")
     settings: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    theirs = torch.cat(
-        [type(model).generate(model, ids[row : row + 1], max_new_tokens=12, pad_token_id=0) for row in range(4)]
-    )
+    own = type(model).generate
+    theirs = torch.cat([own(model, row[None], max_new_tokens=12, pad_token_id=0) for row in ids])
     stablegen.stabilize(model, policy=policy, cache_dir=tmp_path)
     try:
         found = model.generate(ids, **settings)
         assert found.device == ids.device
         assert torch.equal(found, theirs)
-        sampled = model.generate(
-            ids, do_sample=True, seed=3, return_dict_in_generate=True, output_scores=True, **settings
-        )
+        settings |= {"do_sample": True, "seed": 3}
+        sampled = model.generate(ids, return_dict_in_generate=True, output_scores=True, **settings)
         assert all(scores.device == ids.device and scores.shape == (4, VOCABULARY) for scores in sampled.scores)
         assert {one.verdict.status for one in sampled.completions} == {"exact"}
         flipped = model.generate(ids.flip(0), **settings)
