@@ -148,7 +148,7 @@ def moved(recorded: Trace, current: Trace) -> list[tuple[float, float, float, bo
     found = []
     rows = zip(recorded.tokens, recorded.scores, recorded.margins, current.tokens, current.margins, strict=False)
     for token, score, margin, chosen, now in rows:
-        if margin == inf or now == inf:
+        if inf in (margin, now):
             continue  # one token was left to sample from, and nothing says how near the next one was
         flipped = chosen != token
         # by how much its token leads now, or lags behind
