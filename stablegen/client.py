@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
@@ -420,9 +421,7 @@ class Client:
         """Return the request that ``complete`` would make of a prompt; raise the same errors for bad input."""
         self._notice_changes()
         parameters = self._params(params)
-        if parameters.do_sample and parameters.seed is None:
-            raise ParameterError("a sampled request has no seed", accepted="do_sample=True with a seed")
-        return self._asked(check_prompt(prompt), parameters)[1]
+        return self._asked(check_prompt(prompt), check_seeded(parameters))[1]
 
     def run(
         self,
@@ -786,6 +785,7 @@ class Client:
     def check_mine(self, request: Request) -> Request:
         """Return a request; raise ``InvalidRequestError`` where it does not fit, or was made for another model."""
         check_fits(request, self._source.context, self._source.vocabulary)
+        check_seeded(request.params)
         if request.model.identity != self._identity.identity or request.tokenizer != self.tokenizer.digest:
             raise InvalidRequestError(
                 f"a request was made for {request.model.name!r}, not for {self._identity.name!r} as it is now",
@@ -916,10 +916,11 @@ class Client:
             missing = requests
             if work.proves and check.passed and isinstance(self._engine, ForcingEngine):
                 # one pass over an answer says what a fresh run gives; a continuation is one pass as it is
-                there = [request for request in requests if request.key in work.hits and not request.continuation]
+                proves = [request.key in work.hits and not request.continuation for request in requests]
+                there = list(compress(requests, proves))
                 answers = [(request, work.hits[request.key].token_ids) for request in there]
                 self._collect(regenerate(self._engine, answers), work, results, report, how=ONE_PASS)
-                missing = [request for request in requests if request not in there]
+                missing = [request for request, proved in zip(requests, proves, strict=True) if not proved]
             for batch in self.policy.plan(missing, replace(self._engine.limits, slot_free=check.slot_free)):
                 self._collect(self._engine.generate(batch, None, _heard(work.listen, batch)), work, results, report)
 
@@ -927,12 +928,13 @@ class Client:
         """Yield what is to be computed by the shape in which it runs, each measured before."""
         assert self._engine is not None
         limits = self._engine.limits
-        shapes: dict[tuple[Numerics, Shape], list[Request]] = {}
+        shapes: dict[tuple[bool, Shape], list[Request]] = {}
         for request in work.requests.values():
-            kind = self.numerics_for(request), self.policy.shape_of(request, limits)
+            kind = request.params.processed, self.policy.shape_of(request, limits)
             shapes.setdefault(kind, []).append(request)
-        for kind, requests in shapes.items():
-            yield requests, self._check(self._identity, *kind) or self._measure(*kind, work)
+        for (_, shape), requests in shapes.items():
+            numerics = self.numerics_for(requests[0])
+            yield requests, self._check(self._identity, numerics, shape) or self._measure(numerics, shape, work)
 
     def _replay(self, work: _Work) -> dict[str, Verdict]:
         """Return a verdict for each hit whose fragile steps, decoded again in their own shapes, gave its tokens."""
@@ -1158,6 +1160,13 @@ def check_ids(ids: Any) -> tuple[int, ...]:
     ):
         raise PromptError(f"token ids are {ids!r:.80}", accepted="a list of whole numbers")
     return tuple(ids)
+
+
+def check_seeded(params: GenerationParams) -> GenerationParams:
+    """Return parameters; raise ``ParameterError`` where they sample without a seed."""
+    if params.do_sample and params.seed is None:
+        raise ParameterError("a sampled request has no seed", accepted="do_sample=True with a seed")
+    return params
 
 
 def check_seeds(seeds: Sequence[Any], rows: int) -> None:
