@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import compress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, get_args, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, get_args, overload
 
 from stablegen.calibration import Calibration, fit
 from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
@@ -30,6 +30,7 @@ from stablegen.errors import (
     EngineError,
     InvalidRequestError,
     MarginWarning,
+    ModelError,
     ParameterError,
     PromiseWarning,
     PromptError,
@@ -755,6 +756,13 @@ class Client:
         """Release the cache and the model."""
         self._engine = None
         self.store.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled: a copy would go on with the engine and the files of this one."""
+        raise ModelError(
+            "a client, and with it a stabilized model, cannot be copied or pickled",
+            hint="Make a client of its own for the copy; of a model, call stablegen.restore(model) first",
+        )
 
     def __enter__(self) -> Client:
         return self

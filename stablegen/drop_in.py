@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from stablegen.client import Client
 from stablegen.errors import ModelError, PolicyError
@@ -82,7 +82,7 @@ def restore(model: Any) -> Any:
 
 
 class StableGenerate:
-    """What stands in the place of a model's ``generate``: it belongs to one model object and is not copied with it."""
+    """What stands in the place of a model's ``generate``: it belongs to one model object, as its client does."""
 
     def __init__(self, client: Client, unsupported: str) -> None:
         self._client = client
@@ -92,10 +92,6 @@ class StableGenerate:
         """Generate as ``Client.generate`` does."""
         arguments |= dict(zip(_POSITIONAL, positional, strict=False))
         return self._client.generate(inputs, generation_config, **{"unsupported": self._unsupported, **arguments})
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse to be copied or pickled: the copy would answer for the model it came from."""
-        raise ModelError("a stabilized model cannot be copied or pickled", hint="Call stablegen.restore(model) first")
 
 
 def _is_gpt2(model: Any) -> bool:

@@ -25,16 +25,18 @@ class GenerationParams(Frozen):
     """What the caller asked for besides the prompt; as transformers' ``GenerationConfig`` names it, in canonical form.
 
     ``max_new_tokens``: tokens, at least 1. ``eos_token_ids``: ids that end an answer; the end token is its last.
+    ``processed_eos_token_ids``: those that processors take for end tokens, where they are others.
     ``stop_strings``: texts that end one as soon as its last token completes any of them. ``seed`` and
     ``sample_index`` name one sample of many. ``sequence_bias``: pairs of token ids and what is added to the score of
     the last where the others came before. ``logits_processors`` and ``stopping_criteria``: the cache keys of the
     caller's own.
     """
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    processed_eos_token_ids: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
     stopping_criteria: tuple[str, ...] = ()
     do_sample: bool = False
@@ -102,7 +104,7 @@ class GenerationParams(Frozen):
         for name, value in arguments.items():
             if name not in _RULES:
                 raise UnsupportedParameterError(
-                    f"parameter {name}={value!r:.60} is not supported", accepted=", ".join(_RULES)
+                    f"parameter {name}={value!r:.60} is not supported", accepted=", ".join(SUPPORTED)
                 )
             rule = _RULES[name]
             if value is None:
@@ -121,7 +123,7 @@ class GenerationParams(Frozen):
                         accepted=f"{name} beside do_sample=True",
                         hint="Add do_sample=True and a seed, or leave it out",
                     )
-        if not known["eos_token_ids"]:
+        if not known.get("processed_eos_token_ids", known["eos_token_ids"]):
             for name in ("min_new_tokens", "exponential_decay_length_penalty"):
                 known.pop(name, None)  # both act on the end token, and there is none
         return cls(**known)
@@ -184,9 +186,8 @@ def _sequences(value: Any) -> tuple[tuple[int, ...], ...]:
 
 def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     pairs = value.items() if isinstance(value, Mapping) else value
-    number = _number(lambda _: True)
-    biases = {_sequence(ids): number(bias) for ids, bias in pairs}
-    if not biases:
+    biases = {_sequence(ids): float(bias) for ids, bias in pairs}
+    if not biases or any(math.isnan(bias) for bias in biases.values()):
         raise ValueError
     return tuple(sorted(biases.items()))
 
@@ -241,10 +242,12 @@ _RULES: Mapping[str, _Rule] = {
     "exponential_decay_length_penalty": _Rule(_decay, "a pair: the step where it begins, and a factor above 0"),
     "remove_invalid_values": _Rule(_flag, "True or False"),
     "renormalize_logits": _Rule(_flag, "True or False"),
+    "processed_eos_token_id": _Rule(_ids, _SOME_IDS, "processed_eos_token_ids"),
     "logits_processors": _Rule(_keys, "cache keys"),
     "stopping_criteria": _Rule(_keys, "cache keys"),
 }
-SUPPORTED = tuple(name for name in _RULES if name not in ("logits_processors", "stopping_criteria"))
+_INTERNAL = ("processed_eos_token_id", "logits_processors", "stopping_criteria")
+SUPPORTED = tuple(name for name in _RULES if name not in _INTERNAL)
 """What ``complete`` takes."""
 SAMPLING = (
     *("sample_index", "temperature", "top_h", "top_k", "top_p", "min_p"),

@@ -125,7 +125,8 @@ def test_a_dict_has_sequences_and_completions(asking: Client) -> None:
 
 
 def test_twenty_tokens_unless_told(asking: Client) -> None:
-    assert asking.generate(torch.tensor([[5, 6]]), eos_token_id=[]).shape == (1, 22)
+    with pytest.warns(UserWarning, match="model-agnostic default"):  # transformers' own
+        assert asking.generate(torch.tensor([[5, 6]]), eos_token_id=[]).shape == (1, 22)
 
 
 def test_a_mask_of_booleans_or_floats(asking: Client) -> None:

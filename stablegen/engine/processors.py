@@ -50,11 +50,19 @@ def processors_for(request: Request, device: torch.device) -> list[Any]:
     from transformers.generation import LogitNormalization
 
     made = _of_words(request, device) + _of_lengths(request, device)
-    own = {type(processor): processor for processor in request.logits_processors}
-    made = [own.pop(type(processor), processor) for processor in made]
-    made += [processor for processor in request.logits_processors if type(processor) in own]
+    own = list(request.logits_processors)
+    for place, processor in enumerate(made):
+        same = next((index for index, other in enumerate(own) if type(other) is type(processor)), None)
+        if same is not None:
+            made[place] = own.pop(same)
+    made += own
     made += _warpers(request.params, device)
     return [*made, LogitNormalization()] if request.params.renormalize_logits else made
+
+
+def _ends(params: GenerationParams) -> tuple[int, ...]:
+    known = params.processed_eos_token_ids
+    return params.eos_token_ids if known is None else known
 
 
 def _of_words(request: Request, device: torch.device) -> list[Any]:
@@ -73,7 +81,7 @@ def _of_words(request: Request, device: torch.device) -> list[Any]:
         made.append(hf.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
     if params.encoder_no_repeat_ngram_size:
         made.append(hf.EncoderNoRepeatNGramLogitsProcessor(params.encoder_no_repeat_ngram_size, prompt))
-    words = [list(word) for word in params.bad_words_ids if word not in {(end,) for end in params.eos_token_ids}]
+    words = [list(word) for word in params.bad_words_ids if word not in {(end,) for end in _ends(params)}]
     if words:
         made.append(hf.NoBadWordsLogitsProcessor(words))
     return made
@@ -84,7 +92,7 @@ def _of_lengths(request: Request, device: torch.device) -> list[Any]:
     from transformers.generation import logits_process as hf
 
     params, length, name = request.params, len(request.prompt_ids), str(device)
-    ends = torch.tensor(params.eos_token_ids, dtype=torch.int64, device=device)
+    ends = torch.tensor(_ends(params), dtype=torch.int64, device=device)
     made: list[Any] = []
     if params.min_new_tokens:
         made.append(hf.MinNewTokensLengthLogitsProcessor(length, params.min_new_tokens, ends, device=name))

@@ -5,6 +5,7 @@ Everything is either part of a request, or known to change no answer, or refused
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,6 @@ from stablegen.client import NO_SEED, check_seeds
 from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
 from stablegen.hf.model import LoadedModel
 from stablegen.request import Request, check_fits
-from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from stablegen.client import Client
@@ -101,10 +101,11 @@ def resolve(
     ids, keep = _prompts(model, config, inputs, rest)
     budget, least = _lengths(model, config, ids, defaulted)
     asked = _settings(config) | {"min_new_tokens": least, "max_new_tokens": budget}
-    asked |= own.replacing(ids.shape[1])
+    asked |= own.replacing(ids.shape[1], asked)
     ending = own.criteria_by_key()
     if asked.get("stop_strings") and own.tokenizer is not None and not client.tokenizer.is_of(own.tokenizer):
-        ending |= _stop_strings(asked.pop("stop_strings"), own.tokenizer)
+        key, make = criterion_of(StopStringCriteria(own.tokenizer, asked.pop("stop_strings")))
+        ending[key] = make
     copies = config.num_return_sequences or 1
     seeds, seeded = _seeds(seed, len(ids), copies, sampled=bool(config.do_sample))
     if not seeded:
@@ -159,14 +160,28 @@ class _Own:
 
     def criteria_by_key(self) -> dict[str, Callable[[int], Any]]:
         """Return the stopping criteria that are not transformers' own by their cache keys."""
-        return dict(criterion_of(criterion) for criterion in self.criteria if not _replacing(criterion, 0))
+        replacing = (MaxLengthCriteria, EosTokenCriteria)
+        return dict(criterion_of(criterion) for criterion in self.criteria if type(criterion) not in replacing)
 
-    def replacing(self, width: int) -> dict[str, Any]:
-        """Return what the criteria ask for that are transformers' own, for prompts of so many tokens."""
-        asked: dict[str, Any] = {}
+    def replacing(self, width: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the criteria ask for that take the place of transformers' own, for prompts of so many tokens.
+
+        ``asked``: what is asked without them; processors go on knowing the ends and the length of that.
+        """
+        found: dict[str, Any] = {}
         for criterion in self.criteria:
-            asked |= _replacing(criterion, width)
-        return asked
+            if type(criterion) is MaxLengthCriteria:
+                found["max_new_tokens"] = criterion.max_length - width
+                if found["max_new_tokens"] > asked["max_new_tokens"] and asked["forced_eos_token_id"] is not None:
+                    raise _refused("a MaxLengthCriteria beyond max_length and forced_eos_token_id", "Give max_length")
+                if found["max_new_tokens"] < asked["max_new_tokens"]:
+                    found["forced_eos_token_id"] = None  # it is never reached
+            if type(criterion) is EosTokenCriteria:
+                ends = torch.as_tensor(criterion.eos_token_id).flatten().tolist()
+                found |= {"eos_token_id": ends, "processed_eos_token_id": asked["eos_token_id"]}
+            if type(criterion) is StopStringCriteria:
+                found["stop_strings"] = None
+        return found
 
 
 def _configured(
@@ -335,22 +350,12 @@ def _settings(config: Any) -> dict[str, Any]:
     asked = {name: plain(getattr(config, name, None)) for name in names}
     if config.do_sample:
         # outside these bounds transformers leaves them out
-        asked |= {name: value for name in ("top_p", "typical_p") if (value := getattr(config, name) or 1.0) < 1}
+        shares = {name: getattr(config, name) for name in ("top_p", "typical_p")}
+        asked |= {name: share for name, share in shares.items() if share is not None and share < 1}
         cutoffs = {name: getattr(config, name) or 0.0 for name in ("epsilon_cutoff", "eta_cutoff")}
         asked |= {name: value for name, value in cutoffs.items() if 0 < value < 1}
     ends = () if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
     return asked | {"eos_token_id": [end for end in ends if end >= 0]}  # to transformers a negative one is none
-
-
-def _replacing(criterion: Any, width: int) -> dict[str, Any]:
-    """Return what one of transformers' own criteria asks for; it takes the place of what ``generate`` would make."""
-    if type(criterion) is MaxLengthCriteria:
-        return {"max_new_tokens": criterion.max_length - width}
-    if type(criterion) is StopStringCriteria:
-        return {"stop_strings": list(criterion.stop_strings)}
-    if type(criterion) is EosTokenCriteria:
-        return {"eos_token_id": criterion.eos_token_id.tolist()}
-    return {}
 
 
 def criterion_of(criterion: Any) -> tuple[str, Callable[[int], Any]]:
@@ -359,14 +364,10 @@ def criterion_of(criterion: Any) -> tuple[str, Callable[[int], Any]]:
         # lm-eval's: it counts the rows of a batch and the width of its prompts, and here each row is one of its own
         kind, sequence, own = type(criterion), criterion.sequence, criterion.tokenizer
         return f"lm-eval until {sequence!r}", lambda length: kind(sequence, own, length, 1)
+    if type(criterion) is StopStringCriteria:
+        vocabulary = hashlib.sha256(criterion.embedding_vec.cpu().numpy().tobytes()).hexdigest()
+        return f"stop strings {criterion.stop_strings!r} in a vocabulary {vocabulary}", lambda _: criterion
     return _key_of(criterion, "stopping criterion"), lambda _: criterion
-
-
-def _stop_strings(stop_strings: str | list[str], tokenizer: Any) -> dict[str, Callable[[int], Any]]:
-    """Return stop strings by another tokenizer than the client's as a criterion, by its cache key."""
-    texts = sorted({stop_strings} if isinstance(stop_strings, str) else set(stop_strings))
-    criterion = StopStringCriteria(tokenizer, texts)
-    return {f"stop strings {texts!r} by tokenizer {Tokenizer.from_object(tokenizer).digest}": lambda _: criterion}
 
 
 def _key_of(own: Any, what: str) -> str:

@@ -55,7 +55,7 @@ def generate(
     except UnsupportedParameterError as refusal:
         if unsupported == "raise":
             raise
-        client.tell_once(refusal.problem, f"{refusal.problem}: transformers runs it as it is, and it is not cached")
+        client.tell_once(f"{refusal.hint}", f"{refusal.problem}: transformers runs it as it is, and it is not cached")
         return transformers_model(client).generate(inputs, generation_config, **arguments)
     return _answer(client, call)
 
@@ -66,7 +66,7 @@ def _answer(client: Client, call: Call) -> torch.Tensor | StableGenerateOutput:
     if stream is not None:
         stream.finish(completions)
     longest = max(len(completion.token_ids) for completion in completions)
-    answers = torch.full((len(completions), longest), call.pad, dtype=call.ids.dtype)
+    answers = torch.full((len(completions), longest), call.pad)
     for row, completion in enumerate(completions):
         answers[row, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
     sequences = torch.cat([call.ids, answers.to(call.ids.device)], dim=1)
