@@ -158,15 +158,50 @@ def test_a_greedy_row_keeps_the_runner_ups_own_score() -> None:
     scores = ROW[None] * 1e-4
     scores[0, 0] = 1000.0
     best = choose([Chooser(asked, torch.device("cpu"))], scores, [0], best_two(scores).hashes)
-    processed = processors_for(asked, torch.device("cpu"))[0](torch.tensor([[1, 2, 3]]), scores)
+    (penalty,) = processors_for(asked, torch.device("cpu"))
+    processed = penalty(torch.tensor([[1, 2, 3]]), scores)
     assert torch.equal(best.scores, processed.gather(1, best.tokens))
 
 
-def test_where_one_token_is_left_the_margin_is_infinite() -> None:
+def test_where_one_token_is_kept_the_margin_is_its_distance_from_the_next() -> None:
     best = drawn(ROW, range(3), top_k=1)
+    assert best.tokens.tolist() == [[0, 1]] * 3  # of the two that tie behind it the first
+    assert best.scores.tolist() == [[2.0, 1.5]] * 3
+    assert best.finite.all()
+
+
+def test_where_nothing_else_can_be_chosen_the_margin_is_infinite() -> None:
+    best = drawn(ROW, range(3), suppress_tokens=tuple(range(1, len(ROW))))
     assert best.tokens[:, 0].tolist() == [0, 0, 0]
     assert best.scores[:, 1].tolist() == [float("-inf")] * 3
-    assert best.finite.all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_k": 30, "temperature": 0.7}, {"top_k": 1}], ids=str)
+def test_scores_that_move_by_less_than_half_the_margin_change_no_choice(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    edges = 0
+    for seed in range(60):
+        row = torch.randn(200) * 3
+        best = drawn(row, range(seed, seed + 1), **settings)
+        margin = float(best.scores[0, 0] - best.scores[0, 1])
+        scale = settings.get("temperature", 1.0) * margin * 0.499
+        for attempt in range(8):
+            # each as far as it may: to and fro at random, and all against the winner
+            moved = torch.randint(0, 2, row.shape) * 2 - 1 if attempt else torch.ones_like(row)
+            moved[best.tokens[0, 0]] = -1
+            again = drawn(row + scale * moved, range(seed, seed + 1), **settings)
+            assert again.tokens[0, 0] == best.tokens[0, 0]
+        plain = drawn(row, range(seed, seed + 1), **{k: v for k, v in settings.items() if k != "top_k"})
+        edges += margin != float(plain.scores[0, 0] - plain.scores[0, 1])
+        # by a little more than half of it, the runner-up against all others or all others against the winner, it does
+        against = torch.full((2, len(row)), -1.0)
+        against[0, best.tokens[0, 1]] = 1
+        against[1] = 1
+        against[1, best.tokens[0, 0]] = -1
+        further = scale * (0.502 / 0.499)
+        changed = [drawn(row + further * one, range(seed, seed + 1), **settings).tokens[0, 0] for one in against]
+        assert any(token != best.tokens[0, 0] for token in changed)
+    assert bool(edges) is ("top_k" in settings)
 
 
 def test_where_no_token_is_left_the_row_is_not_finite() -> None:

@@ -3,8 +3,10 @@
 Each row is processed alone; what follows is exact or elementwise, and is done for all rows at once.
 
 What a step's trace keeps of a sampled token: ``scores`` is its processed score as it stands, ``runner_up_scores`` is
-that less the margin by which it won, the noise included. So a margin is a margin, and the size of the scores, by which
-the guard measures what numerics can do to it, is that of the scores.
+that less the margin. The margin is how far the scores would have to move for another token to win: by how much the best
+sum of score and noise is ahead of the next, or, where that is less, how near a token that would have won was to the
+edge of what is sampled from (``top_k``, ``top_p``, ...), or the winner to falling behind it. So a margin is a margin,
+and the size of the scores, by which the guard measures what numerics can do to it, is that of the scores.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class Chooser:
             ids[0, : len(known)] = torch.tensor(known)
             self._ids = ids.to(device)
 
-    def process(self, scores: torch.Tensor, step: int) -> torch.Tensor:
-        """Return the processed scores [1, V] float32 of a step, of the model's own [V] float32."""
+    def process(self, scores: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a step's scores [1, V] float32 before they are cut and in the end, of the model's own [V] float32."""
         return process(self.processors, self._ids[:, : self._length + step], scores)
 
     def state(self, step: int) -> int | None:
@@ -166,7 +168,7 @@ class Selector:
 
     def _run(self, chooser: Chooser, scores: torch.Tensor, states: torch.Tensor, hashes: torch.Tensor) -> BestTwo:
         current = torch.cuda.current_stream(self._device)
-        rows: list[torch.Tensor] = []
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         for stream in self._streams:
             stream.wait_stream(current)
         for place, row in enumerate(scores):
@@ -174,8 +176,8 @@ class Selector:
                 rows.append(chooser.process(row, 0))
         for stream in self._streams:
             current.wait_stream(stream)
-        processed = torch.cat(rows)
-        return _best(processed, processed.double() + gumbel(states, scores.shape[1]), scores, hashes, None)
+        whole, processed = (torch.cat(column) for column in zip(*rows, strict=True))
+        return _best(whole, processed, gumbel(states, scores.shape[1]), scores, hashes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,22 +228,17 @@ def choose(
     hashes: torch.Tensor,  # [R] int64, of the model's own scores
 ) -> BestTwo:
     """Return what each of R choosers chooses at its step, one launch after the other."""
-    processed = torch.cat(
-        [chooser.process(row, step) for chooser, row, step in zip(choosers, scores, steps, strict=True)]
-    )
+    rows = [chooser.process(row, step) for chooser, row, step in zip(choosers, scores, steps, strict=True)]
+    whole, processed = (torch.cat(column) for column in zip(*rows, strict=True))
     states = [chooser.state(step) for chooser, step in zip(choosers, steps, strict=True)]
     drawn = {row: state for row, state in enumerate(states) if state is not None}
-    ranked = processed.double()
+    noise = None
     if drawn:
         noise = gumbel(upload(list(drawn.values()), scores.device), scores.shape[1])
-        if len(drawn) == len(choosers):
-            ranked += noise
-        else:
-            ranked.index_add_(0, upload(list(drawn), scores.device), noise)
-    greedy = None
-    if len(drawn) < len(choosers):
-        greedy = upload([state is None for state in states], scores.device)
-    best = _best(processed, ranked, scores, hashes, greedy)
+        if len(drawn) < len(choosers):
+            nothing = torch.zeros(scores.shape, dtype=noise.dtype, device=noise.device)
+            noise = nothing.index_copy_(0, upload(list(drawn), scores.device), noise)
+    best = _best(whole, processed, noise, scores, hashes)
     tolerant = [chooser.request.params.remove_invalid_values for chooser in choosers]
     if any(tolerant):
         sound = best.finite | (upload(tolerant, scores.device) & torch.isfinite(best.scores[:, 0]))
@@ -252,23 +249,54 @@ def choose(
 
 
 def _best(
+    whole: torch.Tensor,  # [R, V] float32, before the cuts
     processed: torch.Tensor,  # [R, V] float32
-    ranked: torch.Tensor,  # [R, V] float64, noise included
+    noise: torch.Tensor | None,  # [R, V] float64, 0 in rows that are not sampled; None where none is
     scores: torch.Tensor,  # [R, V] float32, the model's own
     hashes: torch.Tensor,  # [R] int64
-    greedy: torch.Tensor | None,  # [R] bool: rows without noise; None where there are none
 ) -> BestTwo:
+    ranked = processed.double() if noise is None else processed.double() + noise
     tokens = two_best(ranked)
     winner, runner_up = processed.gather(1, tokens).unbind(1)
-    first, second = ranked.gather(1, tokens).unbind(1)
-    by_margin = (winner.double() - (first - second)).float()
-    runner_up = by_margin if greedy is None else torch.where(greedy, runner_up, by_margin)
+    if noise is not None:
+        first, second = ranked.gather(1, tokens).unbind(1)
+        rival, entering, leaving = _edge(whole, processed, noise, tokens[:, :1], first)
+        margin = torch.minimum(first - second, torch.minimum(entering, leaving))
+        by_margin = (winner.double() - margin).float()
+        # a greedy row keeps its runner-up's own score, which this would be but for a rounding
+        runner_up = torch.where((noise == 0.0).all(1), runner_up, by_margin)
+        takes_over = ((entering < first - second) & (entering <= leaving)) | torch.isneginf(second)
+        tokens = torch.stack([tokens[:, 0], torch.where(takes_over, rival, tokens[:, 1])], dim=1)
     return BestTwo(
         tokens=tokens,
         scores=torch.stack([winner, runner_up], dim=1) + 0.0,
         hashes=hashes + best_two(processed).hashes * _MIXED,
         finite=torch.isfinite(scores).all(1) & torch.isfinite(winner) & ~processed.isnan().any(1),
     )
+
+
+def _edge(
+    whole: torch.Tensor, processed: torch.Tensor, noise: torch.Tensor, winner: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a rival among those left out, its distance to winning, and the winner's to being left out, [R] each.
+
+    To win, a token left out must be kept and have the best sum of score and noise; the rival is nearest to both. Where
+    the winner is nearer to falling behind the edge, it is the best of those left out. ``winner`` [R, 1] are token ids,
+    ``first`` [R] their sums. Distances are float64, infinite where there is no such token.
+    """
+    left_out = torch.isneginf(processed) & torch.isfinite(whole)
+    last_kept = whole.masked_fill(~torch.isfinite(processed), torch.inf).amin(1, keepdim=True)
+    first_left_out = whole.masked_fill(~left_out, -torch.inf).amax(1, keepdim=True)
+    own = whole.gather(1, winner)
+    shift = processed.gather(1, winner).double() - own  # what normalization takes from every score alike
+    behind = first[:, None] - (whole.double() + shift + noise)
+    missing = torch.maximum((last_kept - whole).double(), behind).clamp(min=0.0).masked_fill(~left_out, torch.inf)
+    entering = missing.amin(1, keepdim=True)
+    leaving = (own - first_left_out).double().clamp(min=0.0)
+    index = torch.arange(whole.shape[1], device=whole.device)
+    nearest = torch.where(entering <= leaving, missing == entering, left_out & (whole == first_left_out))
+    rival = torch.where(nearest, index, whole.shape[1]).amin(1).clamp(max=whole.shape[1] - 1)
+    return rival, entering[:, 0], leaving[:, 0]
 
 
 def upload(values: Sequence[int] | Sequence[bool], device: torch.device) -> torch.Tensor:

@@ -1,8 +1,14 @@
-"""Transformers' own logits processors for a request, and how a row of scores goes through them."""
+"""Transformers' own logits processors for a request, and how a row of scores goes through them.
+
+Those of sampling that leave tokens out, *cuts*, come last: what a row was before them says how near a token was to the
+edge of what is sampled from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,17 +18,33 @@ from stablegen.params import GenerationParams
 from stablegen.request import Request
 
 
-def process(processors: Sequence[Any], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Return the processed scores [1, V] float32 that follow ``ids`` [1, S], of the model's own [V] float32.
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """A request's logits processors: those before the cuts, the cuts, and what follows them."""
 
-    A row goes through alone, whatever runs beside it: the reductions inside processors (softmax, sums) would pick their
-    order by the number of rows, and by where a row begins in memory.
+    before: Sequence[Any]
+    cuts: Sequence[Any]
+    after: Sequence[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield all of them in order."""
+        return chain(self.before, self.cuts, self.after)
+
+
+def process(processors: Processors, ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scores [1, V] float32 that follow ``ids`` [1, S] before they are cut, and as processed in the end.
+
+    ``scores`` [V] float32 are the model's own. A row goes through alone, whatever runs beside it: the reductions inside
+    processors (softmax, sums) would pick their order by the number of rows, and by where a row begins in memory.
     """
     row = scores[None].clone()  # memory of its own, which begins at a boundary
     with _OneOrder():
-        for processor in processors:
+        for processor in processors.before:
             row = processor(ids, row)
-    return row
+        whole = row
+        for processor in (*processors.cuts, *processors.after):
+            row = processor(ids, row)
+    return whole, row
 
 
 class _OneOrder(TorchFunctionMode):
@@ -42,12 +64,12 @@ class _OneOrder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def processors_for(request: Request, device: torch.device) -> list[Any]:
+def processors_for(request: Request, device: torch.device) -> Processors:
     """Return transformers' logits processors for a request, in transformers' order, the caller's own among them.
 
     One of the caller's takes the place of one of the same type; the others stand before those of sampling.
     """
-    from transformers.generation import LogitNormalization
+    from transformers.generation import LogitNormalization, TemperatureLogitsWarper
 
     made = _of_words(request, device) + _of_lengths(request, device)
     own = list(request.logits_processors)
@@ -56,8 +78,10 @@ def processors_for(request: Request, device: torch.device) -> list[Any]:
         if same is not None:
             made[place] = own.pop(same)
     made += own
-    made += _warpers(request.params, device)
-    return [*made, LogitNormalization()] if request.params.renormalize_logits else made
+    params = request.params
+    if params.do_sample and params.temperature != 1.0:
+        made.append(TemperatureLogitsWarper(params.temperature))
+    return Processors(made, _cuts(params, device), [LogitNormalization()] if params.renormalize_logits else [])
 
 
 def _ends(params: GenerationParams) -> tuple[int, ...]:
@@ -114,15 +138,13 @@ def _of_lengths(request: Request, device: torch.device) -> list[Any]:
     return made
 
 
-def _warpers(params: GenerationParams, device: torch.device) -> list[Any]:
-    """Return those that only sampling has, in transformers' order."""
+def _cuts(params: GenerationParams, device: torch.device) -> list[Any]:
+    """Return those of sampling that leave tokens out, in transformers' order."""
     from transformers.generation import logits_process as hf
 
     made: list[Any] = []
     if not params.do_sample:
         return made
-    if params.temperature != 1.0:
-        made.append(hf.TemperatureLogitsWarper(params.temperature))
     if params.top_h is not None:
         made.append(hf.TopHLogitsWarper(params.top_h))
     if params.top_k:

@@ -89,7 +89,7 @@ def _processed(request: Request, completion: Completion, rows: Sequence[torch.Te
         return rows
     with torch.inference_mode():
         chooser = Chooser(request, rows[0].device, completion.token_ids)
-        return [chooser.process(row, step)[0] for step, row in enumerate(rows)]
+        return [chooser.process(row, step)[1][0] for step, row in enumerate(rows)]
 
 
 def _by_step(rows: Sequence[Sequence[torch.Tensor]], longest: int) -> tuple[torch.Tensor, ...]:
