@@ -148,7 +148,7 @@ class _Own:
         for name, instead in _ARGUMENTS.items():
             value = arguments.pop(name, None)
             if value is not None and value is not False:
-                raise _refused(f"{name}={value!r:.60}", instead)
+                raise _refused(_shown(name, value), instead)
         processors, criteria = (arguments.pop(name, None) or () for name in ("logits_processor", "stopping_criteria"))
         return cls(
             tuple(processors), tuple(criteria), arguments.pop("streamer", None), arguments.pop("tokenizer", None)
@@ -215,7 +215,7 @@ def _prompts(
     given, mask = rest.pop("input_ids", None), rest.pop("attention_mask", None)
     for name, value in rest.items():
         if value is not None and name != "use_cache":
-            raise _refused(f"{name}={value!r:.60}", _MODEL_ARGUMENTS.get(name, "Leave it out"))
+            raise _refused(_shown(name, value), _MODEL_ARGUMENTS.get(name, "Leave it out"))
     if inputs is not None and given is not None:
         raise PromptError("generate was given both inputs and input_ids", accepted="one of them")
     ids = _check_ids(inputs if inputs is not None else given, config)
@@ -251,6 +251,15 @@ def _refused(what: str, instead: str) -> UnsupportedParameterError:
     )
 
 
+def _shown(name: str, value: Any) -> str:
+    """Return an argument in a few words, on one line."""
+    if isinstance(value, torch.Tensor):
+        return f"{name}, a tensor of shape {tuple(value.shape)}"
+    if callable(value) or not isinstance(value, str | int | float | bool | list | tuple | dict):
+        return f"{name}, of type {type(value).__name__}"
+    return f"{name}={value!r:.60}"
+
+
 def _check_settings(config: Any, rest: Mapping[str, Any]) -> None:
     """Raise ``UnsupportedParameterError`` for a generation mode or setting that is refused."""
     mode = str(config.get_generation_mode(None).value)
@@ -259,7 +268,7 @@ def _check_settings(config: Any, rest: Mapping[str, Any]) -> None:
     for name, (nothing, instead) in _SETTINGS.items():
         value = getattr(config, name, None)
         if value is not None and value != nothing:
-            raise _refused(f"{name}={value!r:.60}", instead)
+            raise _refused(_shown(name, value), instead)
     if getattr(config, "cache_implementation", None) == "paged" or rest.get("cache_implementation") == "paged":
         raise _refused("cache_implementation='paged'", "Leave it out: policy 'invariant' has a paged cache of its own")
     if (config.num_return_sequences or 1) > 1 and not config.do_sample:
