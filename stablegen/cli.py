@@ -282,7 +282,7 @@ def completion_json(client: Client, completion: Completion) -> dict[str, Any]:
         "verdict": verdict.model_dump(mode="json"),
         "policy": completion.record.numerics.policy,
         "numerics_digest": completion.record.numerics.digest,
-        "current_numerics_digest": client.numerics.digest,
+        "current_numerics_digest": client.numerics_for(completion.record.request).digest,
         "score_hash": None if completion.trace is None else completion.trace.digest(),
     }
 

@@ -354,7 +354,7 @@ class Client:
         seeds = params.get("seed")
         if isinstance(seeds, Sequence):
             check_seeds(seeds, len(prompts))
-            drawn = [(self._params(params | {"seed": seed}), True) for seed in seeds]
+            drawn = [(check_seeded(self._params(params | {"seed": seed})), True) for seed in seeds]
         else:
             shared = self._params(params)
             drawn = [self._seeded(shared) for _ in prompts]
@@ -395,6 +395,8 @@ class Client:
             if not isinstance(continuations, str):
                 raise PromptError("score was given one prompt and no one text to continue it", accepted="two texts")
             return self.score([prompts], [continuations], progress=progress)[0]
+        if not all(isinstance(given, Sequence) and not isinstance(given, str) for given in (prompts, continuations)):
+            raise PromptError("score was given what is no list", accepted="two texts, or two lists of as many")
         if len(prompts) != len(continuations):
             raise PromptError(
                 f"score was given {len(prompts)} prompts and {len(continuations)} continuations", accepted="as many"
@@ -622,6 +624,8 @@ class Client:
         """
         self._notice_changes()
         records = list({one.key: one.record for one in completions}.values())
+        if any(record.request.continuation for record in records):
+            raise InvalidRequestError("score rows of a scored continuation", accepted="those of generated answers")
         rows: dict[str, list[torch.Tensor]] = {record.key: [] for record in records}
         with self._lock:
             self._start()
@@ -837,7 +841,7 @@ class Client:
         if len(arguments) != 1 or type(budget) is not int:
             made = GenerationParams.from_arguments(arguments, eos_token_ids=ends)
             if made.stop_strings:
-                self.tokenizer.for_transformers()  # they are texts
+                self.tokenizer.check_texts()
             return made
         params = self._budgets.get((budget, ends))
         if params is None:

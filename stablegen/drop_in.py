@@ -67,7 +67,7 @@ def stabilize(
     if _ATTRIBUTE in vars(model):
         restore(model)
     setattr(model, _ATTRIBUTE, client)
-    model.generate = StableGenerate(client, unsupported)
+    model.generate = StableGenerate(client, unsupported, vars(model).get("generate"))
     return model
 
 
@@ -76,7 +76,10 @@ def restore(model: Any) -> Any:
     client = vars(model).get(_ATTRIBUTE)
     if not isinstance(client, Client):
         raise ModelError("the model is not stabilized", accepted="a model that stabilize() has returned")
+    replaced = model.generate.replaced
     del model.generate, model.stablegen
+    if replaced is not None:
+        model.generate = replaced
     client.close()
     return model
 
@@ -84,12 +87,16 @@ def restore(model: Any) -> Any:
 class StableGenerate:
     """What stands in the place of a model's ``generate``: it belongs to one model object, as its client does."""
 
-    def __init__(self, client: Client, unsupported: str) -> None:
+    def __init__(self, client: Client, unsupported: str, replaced: Any) -> None:
         self._client = client
+        self.replaced = replaced
+        """What the model object itself, and not its class, had in this place."""
         self._unsupported = unsupported
 
     def __call__(self, inputs: Any = None, generation_config: Any = None, *positional: Any, **arguments: Any) -> Any:
         """Generate as ``Client.generate`` does."""
+        if len(positional) > len(_POSITIONAL):
+            raise TypeError(f"generate takes {2 + len(_POSITIONAL)} arguments by place, not {2 + len(positional)}")
         arguments |= dict(zip(_POSITIONAL, positional, strict=False))
         return self._client.generate(inputs, generation_config, **{"unsupported": self._unsupported, **arguments})
 

@@ -122,7 +122,7 @@ def compare(old: Record, fresh: Record, *, check: SelfCheck | None, how: str = "
     if old.trace is None or fresh.trace is None:
         bits, found = False, "no trace to compare"
     else:
-        bits = old.trace.score_hash == fresh.trace.score_hash
+        bits = old.trace.score_hash == fresh.trace.score_hash and old.logprobs == fresh.logprobs
         found = "every score row has the same bits" if bits else "same tokens, other scores"
     return Verdict(
         status="exact" if bits and _kept(check, fresh) else "stable",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from stablegen.client import Client
 from stablegen.errors import MissingPackageError, ParameterError
+from stablegen.numerics import torch_cuda_version
 from stablegen.params import SAMPLING
 from stablegen.request import Request
 
@@ -45,13 +46,18 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         client: Client | None = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
+        device: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.client = Client.from_pretrained(pretrained, **settings) if client is None else client
+        if device is not None and device.startswith("cuda") and torch_cuda_version() is None:
+            device = None  # lm-eval's command names a GPU unless told
+        if client is None:
+            client = Client.from_pretrained(pretrained, device=device, **settings)
+        self.client = client
         self.batch_size = batch_size
         self.max_length = max_length or self.client.source.context
         self.max_gen_toks = max_gen_toks
@@ -67,13 +73,19 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         return ends[0]
 
     @property
+    def prefix_token_id(self) -> int:
+        """Return the id that stands before a text without a context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
     def tokenizer_name(self) -> str:
         """Return what tells tokenizers apart."""
         return self.client.tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the token ids of a text."""
-        return list(self.client.tokenizer.encode(string))
+        return list(self.client.tokenizer.encode(string, special=add_special_tokens is not False))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **others: Any
@@ -136,7 +148,14 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         asked["max_new_tokens"] = asked.pop("max_gen_toks")
         if asked["do_sample"]:
             asked |= {"seed": self._seed, "sample_index": repeat}
-        else:
+        if asked["max_new_tokens"] >= self.max_length:
+            raise ParameterError(
+                f"max_gen_toks={asked['max_new_tokens']} leaves no room for a prompt",
+                accepted=f"less than the {self.max_length} tokens of prompt and answer",
+            )
+        if asked.get("num_beams") == 1:
+            del asked["num_beams"]
+        if not asked["do_sample"]:
             asked = {name: value for name, value in asked.items() if name not in SAMPLING}
         ids = self.tok_encode(context)[-(self.max_length - asked["max_new_tokens"]) :]
         ending = dict(criterion_of(MultiTokenEOSCriteria(text, self.tokenizer, 0, 1)) for text in until)

@@ -1,7 +1,7 @@
 """What the caller asked for besides the prompt: every parameter that decides an answer, checked at the door.
 
 Names and meanings are transformers' own. A parameter at the value that changes nothing (``temperature=1.0``) is the
-same as one that was not given, so that equal distributions have equal keys.
+same as one that was not given, so that most equal distributions have equal keys.
 """
 
 from __future__ import annotations
@@ -85,6 +85,14 @@ class GenerationParams(Frozen):
     def processed(self) -> bool:
         """Return whether tokens are chosen from other scores than the model's own: processed, or with noise added."""
         return not self.changed <= _UNPROCESSED
+
+    def for_display(self) -> dict[str, Any]:
+        """Return the parameters as JSON knows them: a bias without end as text."""
+        content = self.model_dump(mode="json")
+        content["sequence_bias"] = [
+            [ids, bias if math.isfinite(bias) else str(bias)] for ids, bias in content["sequence_bias"]
+        ]
+        return content
 
     @property
     def named_token_ids(self) -> set[int]:

@@ -106,8 +106,11 @@ class ExecutionPolicy(ABC):
         return self.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
 
     def scoring_shape(self, length: int, scored: int, limits: Limits) -> Shape:
-        """Return the shape in which ``scored`` tokens are scored, they and their prompt being ``length`` tokens."""
-        width = self.width(length, limits.context)
+        """Return the shape in which ``scored`` tokens are scored, they and their prompt being ``length`` tokens.
+
+        Its width may exceed the context, as no row may be full; positions never do.
+        """
+        width = self.width(length, length + BUCKET)
         return Shape(width, None, 0 if width is None else min(-(-scored // BUCKET) * BUCKET, width))
 
     def shape(self, length: int, new: int, limits: Limits) -> Shape:

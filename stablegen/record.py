@@ -22,7 +22,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import fsum
+from math import fsum, isfinite
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
@@ -248,8 +248,8 @@ class Record(NamedTuple):
                 "tokens": self.trace.tokens,
                 "runner_ups": self.trace.runner_ups,
                 "scores": self.trace.scores,
-                "runner_up_scores": self.trace.runner_up_scores,
-                "margins": self.trace.margins,
+                "runner_up_scores": _finite(self.trace.runner_up_scores),
+                "margins": _finite(self.trace.margins),
                 "score_hash": [f"{value:016x}" for value in self.trace.score_hash],
             }
         return {
@@ -259,7 +259,7 @@ class Record(NamedTuple):
             "token_ids": self.token_ids,
             "text": self.text,
             "finish_reason": self.finish_reason,
-            "params": self.request.params.model_dump(mode="json"),
+            "params": self.request.params.for_display(),
             "model": self.request.model.model_dump(mode="json"),
             "tokenizer": self.request.tokenizer,
             "numerics": self.numerics.model_dump(mode="json"),
@@ -272,6 +272,11 @@ class Record(NamedTuple):
             "trace": trace,
             "superseded": None if self.superseded is None else self.superseded.to_dict(),
         }
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """Return numbers as JSON knows them: it knows no infinity."""
+    return [value if isfinite(value) else None for value in values]
 
 
 class Verdict(Frozen):
@@ -408,7 +413,7 @@ def encode(record: Record) -> bytes:
         own |= {"continuation": request.continuation, "logprobs": record.logprobs}
     header = "\n".join(
         (
-            request.params.model_dump_json(),
+            request.params.model_dump_json(exclude_defaults=True),  # an older version reads what it knows
             request.model.model_dump_json(),
             record.numerics.model_dump_json(),
             json.dumps(own, separators=(",", ":")),
@@ -454,6 +459,9 @@ def decode(data: bytes, key: str | None = None) -> Record:
         if len(data) != superseded_at + superseded_size:
             raise CorruptEntryError("the entry's parts do not add up to its length")
         answer = data[steps_at:superseded_at]
+        continuation, logprobs = tuple(own.get("continuation", ())), tuple(own.get("logprobs", ()))
+        if len(continuation) != len(logprobs):
+            raise CorruptEntryError("the entry has not a log-probability for each token of its continuation")
         return Record(
             own_key,
             Request(
@@ -462,7 +470,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
                 _parse(ModelIdentity, model),
                 own["tokenizer"],
                 own["prompt"],
-                tuple(own.get("continuation", ())),
+                continuation,
             ),
             own["text"],
             own["finish_reason"],
@@ -473,7 +481,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
             own["seconds"],
             decode(data[superseded_at:], own_key) if superseded_size else None,
             () if traced else _unpack("I", answer),
-            tuple(own.get("logprobs", ())),
+            logprobs,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptEntryError(f"the entry cannot be read: {error}") from error

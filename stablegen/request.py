@@ -131,7 +131,7 @@ def check_fits(request: Request, context: int, vocabulary: int) -> Request:
     length, budget = len(request.prompt_ids), request.params.max_new_tokens
     if length == 0:
         raise PromptError("a prompt has no tokens", accepted="at least one token")
-    if length >= context:
+    if length >= context + bool(request.continuation):
         raise ContextLengthError(
             f"the prompt has {length} tokens and the model's context is {context}",
             accepted=f"prompts of at most {context - 1} tokens",

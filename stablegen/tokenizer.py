@@ -51,8 +51,8 @@ class Tokenizer:
         own = _whole(type(backend).from_str(backend.to_str()))
         return cls(own, hashlib.sha256(own.to_str().encode()).hexdigest(), wrapped=wrapped)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a prompt."""
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Return the token ids of a prompt; with ``special`` those too that the tokenizer puts around a text."""
         if self._backend is None:
             raise PromptError(
                 f"the prompt {text!r:.60} is a text, and this client has no tokenizer",
@@ -60,8 +60,8 @@ class Tokenizer:
                 hint="Give the client the model's tokenizer",
             )
         if self._wrapped is not None:
-            return tuple(self._wrapped(text)["input_ids"])
-        return tuple(self._backend.encode(text).ids)
+            return tuple(self._wrapped(text, add_special_tokens=special)["input_ids"])
+        return tuple(self._backend.encode(text, add_special_tokens=special).ids)
 
     def split(self, prompt: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the token ids of a prompt and of what continues it, tokenized together.
@@ -70,6 +70,12 @@ class Tokenizer:
         """
         begin = len(prompt.rstrip())
         head, whole = self.encode(prompt[:begin]), self.encode(prompt + continuation)
+        if whole[: len(head)] != head:
+            raise PromptError(
+                f"the tokens of {prompt!r:.40} are not those with which it begins once {continuation!r:.40} follows",
+                accepted="a prompt that ends where a token ends",
+                hint="Cut the two between words, or give token ids",
+            )
         return head, whole[len(head) :]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -89,14 +95,18 @@ class Tokenizer:
         """Return whether a transformers tokenizer, or one of ``tokenizers``, is this one."""
         return tokenizer is self._wrapped or Tokenizer.from_object(tokenizer).digest == self.digest
 
-    def for_transformers(self) -> Any:
-        """Return the tokenizer as transformers knows it; raise ``ParameterError`` where there is none."""
+    def check_texts(self) -> None:
+        """Raise ``ParameterError`` where there is no tokenizer to know texts by."""
         if self._backend is None:
             raise ParameterError(
                 "stop_strings are texts, and this client has no tokenizer",
                 accepted="stop_strings with a tokenizer",
                 hint="Give the client the model's tokenizer",
             )
+
+    def for_transformers(self) -> Any:
+        """Return the tokenizer as transformers knows it; raise ``ParameterError`` where there is none."""
+        self.check_texts()
         if self._wrapped is not None:
             return self._wrapped
         if self._made is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import TINY
+from support import TINY, client, save, small_gpt2
 from transformers import GenerationConfig, GenerationMixin, GPT2LMHeadModel, LogitsProcessorList
 
 from stablegen.client import Client
 from stablegen.engine.processors import processors_for
-from stablegen.errors import UnsupportedParameterError
+from stablegen.errors import ParameterError, UnsupportedParameterError
 from stablegen.hf.arguments import resolve
 
 README = Path(__file__).parents[1] / "README.md"
@@ -155,3 +156,33 @@ def test_processors_are_those_that_transformers_makes_in_its_order(settings: dic
 def test_stop_strings_want_a_tokenizer(act: Callable[[Client], Any], asking: Client) -> None:
     with pytest.raises(ValueError, match="no tokenizer"):
         act(asking)
+
+
+class Boost:
+    cache_key = "boost"
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + self.amount
+
+
+def test_two_processors_of_one_key_are_refused(asking: Client) -> None:
+    with pytest.raises(ParameterError, match="cache_key 'boost'"):
+        asking.generate(IDS, max_new_tokens=2, logits_processor=LogitsProcessorList([Boost(1.0), Boost(2.0)]))
+
+
+def test_a_seed_is_not_ignored_where_a_call_is_passed_through(asking: Client) -> None:
+    with pytest.raises(ParameterError, match=r"passed through.*manual_seed"):
+        asking.generate(IDS, max_new_tokens=2, num_beams=2, seed=3, unsupported="passthrough")
+
+
+def test_a_configuration_that_changed_is_read_again(tmp_path: Path) -> None:
+    directory = save(small_gpt2(), tmp_path / "model")
+    file = directory / "generation_config.json"
+    with client(tmp_path / "cache", model=directory) as asking:
+        answer = asking.generate(IDS, max_new_tokens=6)[0, 3:].tolist()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": answer[0]}))
+    with client(tmp_path / "cache", model=directory) as asking:
+        assert asking.generate(IDS, max_new_tokens=6)[0, 3:].tolist() == answer[:1]

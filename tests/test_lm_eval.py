@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from local_tasks import TASKS, evaluate, write_tasks
-from support import TINY, client
+from support import TINY, client, small_directory
 
 import stablegen
 from stablegen.client import Client
@@ -203,3 +203,32 @@ def test_bad_pairs_are_refused(how: str, tmp_path: Path) -> None:
         for act in bad[:3] if how == "one" else bad[3:]:
             with pytest.raises(stablegen.PromptError):
                 act(asking)
+
+
+def test_scores_asked_for_beside_generation_are_whole(tmp_path: Path) -> None:
+    with client(tmp_path, policy="invariant", model=small_directory()) as asking:
+        answers = asking.complete([f"Hello number {i}" for i in range(10)], max_new_tokens=40)
+        pairs = [[1, 2, 3]] * 2, [list(range(10, 40)), list(range(50, 90))]
+        scores = asking.score(*pairs)
+        assert [len(one.logprobs) for one in scores] == [30, 40]
+        asking.verify([one.key for one in [*answers, *scores]], repair=True, from_scratch=True)
+        assert [one.logprobs for one in asking.score(*pairs)] == [one.logprobs for one in scores]
+
+
+def test_a_prompt_as_long_as_the_context_leaves_room_for_one_token(tmp_path: Path) -> None:
+    for policy in ("invariant", "single", "padded:2"):
+        with client(tmp_path, policy=policy, model=small_directory()) as asking:
+            context = asking.source.context
+            full = list(range(1, context + 1))
+            first, second = asking.score([full, full[::-1]], [[5], [7]])
+            assert len(first.logprobs) == len(second.logprobs) == 1
+
+
+def test_a_prompt_that_its_continuation_merges_with_is_refused(tmp_path: Path) -> None:
+    with client(tmp_path) as asking, pytest.raises(stablegen.PromptError, match="between words"):
+        asking.score("Tell me abou", "t yourself.")
+
+
+def test_rows_of_a_scored_continuation_are_refused(tmp_path: Path) -> None:
+    with client(tmp_path) as asking, pytest.raises(stablegen.InvalidRequestError, match="generated answers"):
+        asking.score_rows([asking.score("Tell me about", " yourself.")])

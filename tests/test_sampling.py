@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from support import request
+from support import client, request, save, small_gpt2
 
 from stablegen.engine.choosing import Chooser, choose
 from stablegen.engine.processors import processors_for
+from stablegen.errors import ParameterError
 from stablegen.kernels.base import BestTwo
 from stablegen.kernels.reference import best_two, log_probs
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
@@ -239,3 +241,33 @@ def test_log_probabilities_are_those_of_log_softmax() -> None:
     assert (found.double() - truth).abs().max() < 4e-6
     for row in range(7):
         assert torch.equal(found[row : row + 1], log_probs(scores[row : row + 1], tokens[row : row + 1]))
+
+
+def test_where_typical_p_leaves_out_the_best_the_margin_is_that_of_what_is_kept() -> None:
+    best = drawn(ROW, range(20), typical_p=0.2)
+    assert (best.scores[:, 0] > best.scores[:, 1]).all()
+
+
+def test_the_number_of_threads_set_later_moves_no_bit_of_what_is_sampled(tmp_path: Path) -> None:
+    """A sum over a long row is cut by the number of threads, and this vocabulary's are long enough."""
+    directory = save(small_gpt2(vocab_size=50257), tmp_path / "model")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with client(tmp_path / "cache", model=directory) as asking:
+            seeds = list(range(8))
+            settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "typical_p": 0.9, "eos_token_id": []}
+            made = asking.complete(["Hello"] * 8, seed=seeds, **settings)
+            torch.set_num_threads(1)
+            found = asking.verify(made, from_scratch=True)
+            assert {one.verdict.status for one in found} == {"exact"}
+            scored = asking.score([[1, 2]] * 4, [[at, 7, 9] for at in range(4)])
+            torch.set_num_threads(2)
+            assert {one.verdict.status for one in asking.verify(scored, from_scratch=True)} == {"exact"}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_seed_left_out_among_others_is_refused(tmp_path: Path) -> None:
+    with client(tmp_path) as asking, pytest.raises(ParameterError, match="no seed"):
+        asking.complete(["a", "b"], do_sample=True, seed=[1, None])

@@ -353,7 +353,7 @@ def test_a_client_measures_each_shape(tmp_path: Path, monkeypatch: pytest.Monkey
         made = [done for new, prompts in calls.items() for done in asking.complete(prompts, max_new_tokens=new)]
         shapes = {done.record.composition.shape for done in made}
         assert shapes == {Shape(64, 256), Shape(128, 256), Shape(64, 512)}
-        assert {(check.width, check.capacity) for check in asking.store.checks()} == shapes
+        assert {Shape(check.width, check.capacity, check.scored) for check in asking.store.checks()} == shapes
         assert {done.verdict.status for done in made} == {"exact"}
     with client(tmp_path, model=small_directory(), policy="padded:2") as later:
         again = [done for new, prompts in calls.items() for done in later.complete(prompts, max_new_tokens=new)]

@@ -266,6 +266,7 @@ def _best(
         # a greedy row keeps its runner-up's own score, which this would be but for a rounding
         runner_up = torch.where((noise == 0.0).all(1), runner_up, by_margin)
         takes_over = ((entering < first - second) & (entering <= leaving)) | torch.isneginf(second)
+        takes_over &= torch.isfinite(torch.minimum(entering, leaving))
         tokens = torch.stack([tokens[:, 0], torch.where(takes_over, rival, tokens[:, 1])], dim=1)
     return BestTwo(
         tokens=tokens,

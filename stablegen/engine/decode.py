@@ -160,10 +160,12 @@ def decode(
     answers: Answers,
     choosers: Choosers,
     observe: Observer | None = None,
+    threads: int | None = None,
 ) -> Generator[Generated, None, None]:
     """Yield each request of a batch as it finishes; a row that fails is reported when the others are done.
 
-    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass.
+    ``prepare`` allocates what the batch needs on ``device`` and returns its forward pass. ``threads``: a CPU's, by
+    which the sums of long rows are cut.
     """
     forward = run_on(device, batch, prepare)
     scores = run_on(device, batch, lambda: forward.prefill(answers.live))
@@ -173,7 +175,7 @@ def decode(
             for slot, row_scores in zip(answers.live, scores, strict=True):
                 observe(slot, row_scores)
         refine = partial(choosers.refine, scores=scores, slots=list(answers.live), step=step)
-        best = run_on(device, batch, partial(_chain, partial(best_two, scores), refine))
+        best = run_on(device, batch, partial(_chain, partial(best_two, scores), refine, threads))
         yield from answers.add(list(answers.live), best)
         if not answers.live:
             break
@@ -181,8 +183,9 @@ def decode(
     answers.check()
 
 
-def _chain(first: Callable[[], _T], then: Callable[[_T], _T]) -> _T:
-    return then(first())
+def _chain(first: Callable[[], _T], then: Callable[[_T], _T], threads: int | None) -> _T:
+    with cpu_threads(threads):
+        return then(first())
 
 
 def run_on(device: torch.device, batch: Batch, action: Callable[[], _T]) -> _T:

@@ -281,14 +281,11 @@ class GPT2Engine:
         with closing(self._run(tasks, observe, listen)) as finished:
             for row in finished:
                 assert row.finish_reason is not None
-                yield Generated(
-                    row.request,
-                    _trace(row),
-                    row.finish_reason,
-                    Composition(rows, len(tasks), row.slot),
-                    time.perf_counter() - started,
-                    tuple(torch.cat(row.logprobs).tolist()) if row.logprobs else (),
-                )
+                logprobs = tuple(torch.cat(row.logprobs).tolist()) if row.logprobs else ()
+                assert len(logprobs) == len(row.request.continuation)
+                where = Composition(rows, len(tasks), row.slot)
+                seconds = time.perf_counter() - started
+                yield Generated(row.request, _trace(row), row.finish_reason, where, seconds, logprobs)
 
     def _run(
         self, tasks: Iterable[Task], observe: Observer | None = None, listen: Listener | None = None
@@ -466,6 +463,7 @@ class _Run:
         shown = self._observe is not None or any(_wants_scores(piece.row.task) for piece in chosen)
         vocabulary = self._model.vocabulary if shown else None
         if _width(chosen) > self._cache.slots:
+            assert not shown, "a pass that shows its scores logs where the others do"
             self._wide(pieces, chosen)
             self._scheduler.count(pieces, 1)
             return

@@ -81,7 +81,10 @@ def processors_for(request: Request, device: torch.device) -> Processors:
     params = request.params
     if params.do_sample and params.temperature != 1.0:
         made.append(TemperatureLogitsWarper(params.temperature))
-    return Processors(made, _cuts(params, device), [LogitNormalization()] if params.renormalize_logits else [])
+    cuts, after = _cuts(params, device), [LogitNormalization()] if params.renormalize_logits else []
+    if params.typical_p < 1.0:  # it leaves out the best tokens too, and so has no edge by score
+        return Processors([*made, *cuts], [], after)
+    return Processors(made, cuts, after)
 
 
 def _ends(params: GenerationParams) -> tuple[int, ...]:

@@ -200,6 +200,7 @@ class Scheduler:
         for row in self.running:
             if row.wants == 0:
                 pieces.append(Piece(row, -1, 1, choices=1))
+        choices -= len(pieces)
         for row in self.running:
             count = row.reach(min(row.wants, room), choices)
             if count:

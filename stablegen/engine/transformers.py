@@ -94,7 +94,16 @@ class TransformersEngine:
         made = partial(Answers, batch, follow=follow, stopper=self._stopper, listen=listen)
         if self._static is not None:
             return self._static.decode(batch, *left_padded(batch), made, choosers, observe)
-        return decode(lambda: _LeftPadded(self, batch), batch, self.model.device, best_two, made(), choosers, observe)
+        return decode(
+            lambda: _LeftPadded(self, batch),
+            batch,
+            self.model.device,
+            best_two,
+            made(),
+            choosers,
+            observe,
+            self.numerics.threads,
+        )
 
     def _stopper(self, request: Request) -> Stopper | None:
         return stopper_for(request, self.tokenizer)
@@ -126,7 +135,7 @@ class TransformersEngine:
                 assert observe is not None
                 observe(slot, row)
             tokens = torch.tensor(request.continuation, device=scores.device)
-            best, found = run_on(self.model.device, batch, partial(_scored, scores, tokens))
+            best, found = run_on(self.model.device, batch, partial(_scored, scores, tokens, self.numerics.threads))
             finite = best.finite.tolist()
             if not all(finite):
                 failed.append((request, finite.index(False)))
@@ -148,8 +157,9 @@ def _trace(best: BestTwo) -> Trace:
     return Trace.of(tokens, runner_ups, scores, runner_up_scores, unsigned(best.hashes.tolist()))
 
 
-def _scored(scores: torch.Tensor, tokens: torch.Tensor) -> tuple[BestTwo, torch.Tensor]:
-    return best_two(scores), log_probs(scores, tokens)
+def _scored(scores: torch.Tensor, tokens: torch.Tensor, threads: int | None) -> tuple[BestTwo, torch.Tensor]:
+    with cpu_threads(threads):
+        return best_two(scores), log_probs(scores, tokens)
 
 
 def left_padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

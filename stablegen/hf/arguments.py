@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from stablegen.client import NO_SEED, check_seeds
 from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
 from stablegen.hf.model import LoadedModel
 from stablegen.request import Request, check_fits
+from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from stablegen.client import Client
@@ -114,7 +115,9 @@ def resolve(
     for row, kept in zip(ids.tolist(), keep.tolist(), strict=True):
         prompt = [token for token, real in zip(row, kept, strict=True) if real]
         for copy in range(copies):
-            drawn = {"seed": seeds[len(requests)], "sample_index": sample_index + copy} if config.do_sample else {}
+            drawn: dict[str, Any] = {"seed": seeds[len(requests)]} if seeds else {}
+            if config.do_sample or sample_index:
+                drawn["sample_index"] = sample_index + copy if isinstance(sample_index, int) else sample_index
             made = client.make_request(
                 prompt, asked | drawn, logits_processors=own.processors_by_key(), stopping_criteria=ending
             )
@@ -156,12 +159,25 @@ class _Own:
 
     def processors_by_key(self) -> dict[str, Any]:
         """Return the logits processors by their cache keys."""
-        return {_key_of(processor, "logits processor"): processor for processor in self.processors}
+        found: dict[str, Any] = {}
+        for processor in self.processors:
+            key = _key_of(processor, "logits processor")
+            if found.setdefault(key, processor) is not processor:
+                raise ParameterError(f"two logits processors have the cache_key {key!r}", accepted="one of each key")
+        return found
 
     def criteria_by_key(self) -> dict[str, Callable[[int], Any]]:
         """Return the stopping criteria that are not transformers' own by their cache keys."""
         replacing = (MaxLengthCriteria, EosTokenCriteria)
-        return dict(criterion_of(criterion) for criterion in self.criteria if type(criterion) not in replacing)
+        found: dict[str, Any] = {}
+        for criterion in self.criteria:
+            if type(criterion) in replacing:
+                continue
+            key, make = criterion_of(criterion)
+            if key in found:
+                raise ParameterError(f"two stopping criteria have the cache_key {key!r}", accepted="one of each key")
+            found[key] = make
+        return found
 
     def replacing(self, width: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the criteria ask for that take the place of transformers' own, for prompts of so many tokens.
@@ -229,11 +245,16 @@ def resolver_of(client: Client) -> Any:
     if isinstance(source, LoadedModel):
         return source.model
     assert isinstance(source, Checkpoint)
-    return _without_weights(source.directory)
+    texts = [
+        path.read_text(encoding="utf-8") if path.is_file() else ""
+        for path in (source.directory / "config.json", source.directory / "generation_config.json")
+    ]
+    return _without_weights(source.directory, *texts)
 
 
-@cache
-def _without_weights(directory: Path) -> Any:
+@lru_cache(maxsize=4)
+def _without_weights(directory: Path, *_: str) -> Any:
+    """Return a directory's model without weights; the texts of its configuration make one of each."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -372,11 +393,17 @@ def criterion_of(criterion: Any) -> tuple[str, Callable[[int], Any]]:
     if type(criterion).__name__ == "MultiTokenEOSCriteria" and type(criterion).__module__.startswith("lm_eval."):
         # lm-eval's: it counts the rows of a batch and the width of its prompts, and here each row is one of its own
         kind, sequence, own = type(criterion), criterion.sequence, criterion.tokenizer
-        return f"lm-eval until {sequence!r}", lambda length: kind(sequence, own, length, 1)
+        by = _digest_of(own)
+        return f"lm-eval until {sequence!r} by tokenizer {by}", lambda length: kind(sequence, own, length, 1)
     if type(criterion) is StopStringCriteria:
         vocabulary = hashlib.sha256(criterion.embedding_vec.cpu().numpy().tobytes()).hexdigest()
         return f"stop strings {criterion.stop_strings!r} in a vocabulary {vocabulary}", lambda _: criterion
     return _key_of(criterion, "stopping criterion"), lambda _: criterion
+
+
+@lru_cache(maxsize=8)
+def _digest_of(tokenizer: Any) -> str:
+    return Tokenizer.from_object(tokenizer).digest
 
 
 def _key_of(own: Any, what: str) -> str:

@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from stablegen.checkpoint import Checkpoint
 from stablegen.engine.choosing import Chooser
+from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_transformers, torch_device
 from stablegen.errors import ParameterError, UnsupportedParameterError
 from stablegen.hf.arguments import Call, resolve
@@ -55,6 +56,11 @@ def generate(
     except UnsupportedParameterError as refusal:
         if unsupported == "raise":
             raise
+        if seed is not None or sample_index:
+            raise ParameterError(
+                f"seed={seed!r:.40} for a call that is passed through: {refusal.problem}",
+                hint="Leave the seed out, and call torch.manual_seed before",
+            ) from refusal
         client.tell_once(f"{refusal.hint}", f"{refusal.problem}: transformers runs it as it is, and it is not cached")
         return transformers_model(client).generate(inputs, generation_config, **arguments)
     return _answer(client, call)
@@ -79,15 +85,17 @@ def _answer(client: Client, call: Call) -> torch.Tensor | StableGenerateOutput:
         logits = _by_step(own, longest) if call.wants_logits else None
         if call.wants_scores:
             answered = zip(call.requests, completions, own, strict=True)
-            scores = _by_step([_processed(*one) for one in answered], longest)
+            scores = _by_step([_processed(*one, client.numerics.threads) for one in answered], longest)
     return StableGenerateOutput(sequences=sequences, scores=scores, logits=logits, completions=completions)
 
 
-def _processed(request: Request, completion: Completion, rows: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _processed(
+    request: Request, completion: Completion, rows: Sequence[torch.Tensor], threads: int | None
+) -> Sequence[torch.Tensor]:
     """Return an answer's processed score rows [V]; noise is no part of them."""
     if not request.params.processed:
         return rows
-    with torch.inference_mode():
+    with torch.inference_mode(), cpu_threads(threads):
         chooser = Chooser(request, rows[0].device, completion.token_ids)
         return [chooser.process(row, step)[1][0] for step, row in enumerate(rows)]
 

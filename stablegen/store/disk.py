@@ -125,7 +125,7 @@ class DiskStore:
 
     def put_check(self, name: str, check: SelfCheck) -> None:
         """Keep a self-check."""
-        self._write({_CHECK + name: check.model_dump_json().encode()})
+        self._write({_CHECK + name: check.model_dump_json(exclude_defaults=True).encode()})
 
     def checks(self) -> list[SelfCheck]:
         """Return every self-check."""

@@ -19,7 +19,7 @@ from stablegen.engine.choosing import Chooser
 from stablegen.engine.gpt2 import GPT2Engine
 from stablegen.engine.self_check import self_check
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
-from stablegen.policy import Batch, capacity_for
+from stablegen.policy import Batch, capacity_for, load_policy
 from stablegen.request import Request
 
 pytestmark = pytest.mark.gpu
@@ -221,6 +221,27 @@ def test_fixed_shapes_repeat_what_they_score(dtype: str, policy: str) -> None:
         rows = [(asked, None, None, None), (asked, *others), (*others, asked)]
     found = [answer(engine, Batch(row, *shape), asked) for row in rows]
     assert len({(one.trace, one.logprobs) for one in found}) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_as_long_as_the_context_are_scored_alike_alone_and_together(dtype: str) -> None:
+    engine = make_engine(SMALL, "padded:2", dtype, "cuda")
+    asked, other = scored(1, CONTEXT - 20, 21), scored(2, CONTEXT - 20, 21)
+    shape = load_policy("padded:2").shape_of(asked, engine.limits)
+    found = [answer(engine, Batch(rows, *shape), asked) for rows in ((asked, None), (asked, other), (other, asked))]
+    assert len({(one.trace, one.logprobs) for one in found}) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_beside_generation_are_whole(dtype: str) -> None:
+    engine = invariant(dtype, max_rows=16)
+    asked = [scored(1 + i, 3, 40) for i in range(3)]
+    rows = [processed(50 + i, 5, 40, SAMPLED if i % 2 else {}) for i in range(14)]
+    alone = {one.key: answer(engine, Batch((one,)), one) for one in (*asked, *rows)}
+    engine.forget()
+    for done in engine.generate(Batch((*rows, *asked))):
+        assert done.trace == alone[done.request.key].trace
+        assert done.logprobs == alone[done.request.key].logprobs
 
 
 # --- the control ------------------------------------------------------------------------------------------------------
