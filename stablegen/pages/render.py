@@ -1,0 +1,161 @@
+"""Pages from templates: one file with its style, script and data in it, where text is only ever shown as text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from stablegen.errors import ParameterError
+from stablegen.numerics import version_of
+
+SUFFIXES = (".html", ".htm")
+_UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+"""What could end a script element, or a line in it, as JSON escapes."""
+_INVISIBLE = {
+    **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))},
+    **{code: f"\\u{code:04x}" for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+    ord("\n"): "⏎",
+    ord("\r"): "␍",
+    ord("\t"): "⇥",
+}
+"""Control characters and those that turn the direction of what follows, as they are shown on one line."""
+
+
+def check_page(file: Path) -> None:
+    """Raise ``ParameterError`` where no page could be written: long work must not end in one."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise ParameterError(f"html={str(file)!r}", accepted=f"a file that ends in {' or '.join(SUFFIXES)}")
+    if not file.absolute().parent.is_dir():
+        raise ParameterError(f"html={str(file)!r}: there is no such folder", accepted="a file in a folder that exists")
+    if file.is_dir():
+        raise ParameterError(f"html={str(file)!r} is a folder", accepted="a file in a folder that exists")
+
+
+def write_page(template: str, file: Path, *, machine: str | None = None, **content: Any) -> None:
+    """Write the page of a template to ``file``, all of it or nothing; ``machine`` goes into its footer.
+
+    ``check_page`` says beforehand whether it can be.
+    """
+    page = render_page(template, machine=machine, **content)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        # what a lone surrogate stands for cannot be encoded
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        draft.replace(file)
+    except OSError as error:
+        raise ParameterError(f"html={str(file)!r} cannot be written: {error.strerror}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def render_page(template: str, *, machine: str | None = None, **content: Any) -> str:
+    """Return the page of a template in ``stablegen/pages``."""
+    return _environment().get_template(template).render(made=_made(machine), **content)
+
+
+def embedded(name: str, value: Any) -> Markup:
+    """Return a script element that holds a value as JSON, for the page's own script to read by its id."""
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":")).translate(_UNSAFE)
+    return Markup('<script type="application/json" id="{}">{}</script>').format(name, Markup(text))
+
+
+def one_line(text: str) -> str:
+    """Return text with line breaks, control characters and changes of direction made visible."""
+    return text.translate(_INVISIBLE)
+
+
+@cache
+def part(name: str) -> str:
+    """Return the text of a style sheet or script in this package."""
+    return (resources.files("stablegen.pages") / name).read_text(encoding="utf-8")
+
+
+def _script(name: str) -> Markup:
+    return Markup(f"<script>{part(name)}</script>")
+
+
+def _security(scripts: Sequence[str]) -> str:
+    """Return a policy that lets nothing be loaded, and of scripts run those alone."""
+    hashes = [base64.b64encode(hashlib.sha256(part(name).encode()).digest()).decode() for name in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    rest = "base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}; img-src data:; {rest}"
+
+
+def _finite(value: Any) -> Any:
+    """Return a value as JSON knows it: it knows no infinity."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _made(machine: str | None) -> dict[str, str]:
+    """Return what a footer says: when, by what, on what."""
+    import stablegen
+
+    packages = ("torch", "transformers", "triton")
+    versions = [f"{name} {version}" for name in packages if (version := version_of(name)) is not None]
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"
+    return {
+        "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "by": f"stablegen {stablegen.__version__}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "machine": system if machine is None else f"{machine}; {system}",
+    }
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number to so many significant digits, whole ones in full, as a person writes it; a dash for none."""
+    if value is None:
+        return "\N{EN DASH}"
+    if isfinite(value) and value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}".replace("-", "\N{MINUS SIGN}")
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    power = f"\N{MULTIPLICATION SIGN}10{raised(int(exponent))}" if exponent else ""
+    return mantissa.replace("-", "\N{MINUS SIGN}") + power
+
+
+def raised(exponent: int) -> str:
+    """Return a whole number in superscript."""
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent, with one decimal; a dash for none."""
+    return "\N{EN DASH}" if value is None else f"{value:.1%}".replace("%", "\N{NARROW NO-BREAK SPACE}%")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("stablegen", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        style=Markup(part("style.css")),
+        script=_script,
+        security=_security,
+        embedded=embedded,
+    )
+    environment.filters.update(one_line=one_line, number=number, percent=percent)
+    return environment
