@@ -23,9 +23,11 @@ from stablegen.device import Device
 from stablegen.errors import DeviceMemoryError, EngineError, MissingPackageError, ParameterError
 from stablegen.lab import arms as arms_module
 from stablegen.lab import bench
-from stablegen.lab.arms import ARMS, Arm, EagerArm, StaticArm, Subject
+from stablegen.lab.arms import ARMS, Arm, EagerArm, StaticArm
 from stablegen.lab.bench import Bench, Cell, Floor, Options, Plan, Report, Spread, compare, make_plan
+from stablegen.lab.machine import machine_of
 from stablegen.lab.plot import check_plot
+from stablegen.lab.subject import Subject
 
 CPU = Device("cpu", "a processor", threads=1)
 GPU = Device("cuda:0", "a GPU", capability=(9, 0), sm_count=132)
@@ -494,7 +496,7 @@ def test_the_picture_is_of_the_kind_its_name_says(suffix: str, tmp_path: Path) -
     spread = Spread.of([0.5])
     report = Report(
         model="a model",
-        machine=bench.machine_of(CPU),
+        machine=machine_of(CPU),
         plan=plan(dtypes=["float32", "bfloat16"]),
         arms={},
         unavailable={},

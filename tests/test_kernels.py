@@ -20,7 +20,7 @@ from stablegen.kernels.reference import ReferenceKernels, best_two
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 from stablegen.kernels import attention, linear, scores
-from stablegen.kernels.operand import EXPONENT
+from stablegen.kernels.operand import EXPONENT, as_pairs
 from stablegen.kernels.triton import TritonKernels
 
 pytestmark = pytest.mark.usefixtures("chained_products")
@@ -70,9 +70,7 @@ class Subject:
         """Return activations [M, K] as operations hand them to each other."""
         if not self.paired:
             return x.to(self.device, self.dtype)
-        scaled = x.float() * 2.0**EXPONENT
-        high = scaled.half()
-        return torch.stack([high, ((scaled - high.float()) * 2.0**11).half()]).to(self.device)
+        return as_pairs(x.float()).to(self.device)
 
     def read(self, operand: torch.Tensor) -> torch.Tensor:
         """Return what activations [M, K] are, in float64; also keys and values [..., D]."""

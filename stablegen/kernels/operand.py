@@ -23,6 +23,13 @@ def operand(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def as_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 activations [M, K] as pairs, [2, M, K] float16, as the kernels themselves write them."""
+    scaled = x * 2.0**EXPONENT
+    high = scaled.half()
+    return torch.stack([high, ((scaled - high.float()) * 2.0**11).half()])
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def load_pair(pointers: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> tl.tensor:
     """Return what lies behind the pointers and, of pairs, the lower halves ``size`` elements further; else it twice."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +17,8 @@ from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.loading import make_vendor_engine, wrap_model
 from stablegen.errors import EngineError
 from stablegen.kernels.base import PAGE
+from stablegen.lab.machine import synchronise
+from stablegen.lab.subject import Subject
 from stablegen.numerics import allows_static_cache, numerics_on
 from stablegen.params import GenerationParams
 from stablegen.policy import Batch, ExecutionPolicy, Padded, load_policy
@@ -29,20 +29,6 @@ GROUP = 32
 _IDENTITY = ModelIdentity(source="digest", digest="bench")
 
 Prompts = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The model that all arms run: transformers' own object, on its device and in its dtype.
-
-    ``context`` and ``vocabulary`` in tokens.
-    """
-
-    model: Any
-    dtype: str
-    device: Device
-    context: int
-    vocabulary: int
 
 
 class Arm(ABC):
@@ -307,19 +293,6 @@ class BatchInvariantOpsArm(EagerArm):
 ARMS: dict[str, type[Arm]] = {
     arm.name: arm for arm in (InvariantArm, VendorArm, SingleArm, PaddedArm, EagerArm, StaticArm, BatchInvariantOpsArm)
 }
-
-
-def synchronise(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def free_memory(device: str) -> None:
-    """Give back to the device what nobody holds any more."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
 
 
 def _cache_bytes(model: GPT2, rows: int, reach: int) -> int:

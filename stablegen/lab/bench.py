@@ -8,7 +8,6 @@ in every call, since an engine may compute a shared prefix once.
 
 from __future__ import annotations
 
-import platform
 import random
 import re
 import statistics
@@ -20,23 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stablegen.checkpoint import Checkpoint, DigestMemory, open_checkpoint
-from stablegen.device import Device, cpu_model
-from stablegen.engine.loading import load_engine, torch_device
-from stablegen.engine.transformers import TransformersEngine
+from stablegen.checkpoint import DigestMemory, open_checkpoint
+from stablegen.device import Device
+from stablegen.engine.loading import torch_device
 from stablegen.errors import DeviceMemoryError, ParameterError, StablegenError
 from stablegen.frozen import Frozen
-from stablegen.lab.arms import ARMS, Arm, Prompts, Subject, free_memory, synchronise
+from stablegen.lab.arms import ARMS, Arm, Prompts
+from stablegen.lab.machine import Machine, free_memory, machine_of, synchronise
 from stablegen.lab.progress import ticker
-from stablegen.numerics import find_device, numerics_on, version_of
-from stablegen.policy import Native
+from stablegen.lab.subject import RANDOM, Subject, load_subject, random_context
+from stablegen.numerics import find_device
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from stablegen.client import Progress
 
-RANDOM = "gpt2-small, random weights"
 ONCE = ("single", "static")
 """Arms that are measured at batch 1 alone unless they are named: they would take long and say little more."""
 PREFILL_ARMS = ("invariant", "vendor", "eager")
@@ -244,35 +242,6 @@ class Floor(Frozen):
     seconds: float
 
 
-class Machine(Frozen):
-    """Where it was measured; ``memory`` in bytes, ``threads`` torch's on the CPU."""
-
-    device: str
-    device_model: str
-    compute_capability: str | None
-    sm_count: int | None
-    memory: int | None
-    driver: str | None
-    cpu: str
-    threads: int
-    stablegen: str
-    python: str
-    torch: str
-    cuda: str | None
-    triton: str | None
-    transformers: str | None
-
-    def summary(self) -> str:
-        """Return device and versions in one line."""
-        versions = {
-            name: value
-            for name in ("driver", "cuda", "torch", "triton", "transformers", "python", "stablegen")
-            if (value := getattr(self, name)) is not None
-        }
-        where = self.device_model if self.device != "cpu" else f"{self.device_model}, threads {self.threads}"
-        return ", ".join([where, *(f"{name} {value}" for name, value in versions.items())])
-
-
 class Report(Frozen):
     """What ``stablegen bench`` measured; ``unavailable`` says why arms that were asked for do not run here.
 
@@ -319,7 +288,7 @@ def measure(
     device = find_device(options.device, (*options.dtypes, "float32")[0])
     own = options.random_weights or (options.model is None and device.is_cuda)
     checkpoint = None if own else open_checkpoint(options.model, options.revision, DigestMemory(None))
-    plan = make_plan(options, device, _random_context() if checkpoint is None else checkpoint.context)
+    plan = make_plan(options, device, random_context() if checkpoint is None else checkpoint.context)
     for dtype in plan.dtypes:
         find_device(options.device, dtype)
     torch_device(device.name)
@@ -637,73 +606,6 @@ def step_bytes(model: Any) -> int:
 
 def _bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-# --- the model and the machine ----------------------------------------------------------------------------------------
-
-
-def load_subject(checkpoint: Checkpoint | None, device: Device, dtype: str) -> Subject:
-    """Return a checkpoint's model on the device, or GPT-2 small with random weights where there is none."""
-    from transformers import GenerationConfig
-
-    if checkpoint is None:
-        model = _random_model().to(device=device.name, dtype=getattr(torch, dtype))
-        context = _random_context()
-    else:
-        engine = load_engine(checkpoint, numerics_on(device, Native(), dtype), device.name)
-        assert isinstance(engine, TransformersEngine)
-        model, context = engine.model, checkpoint.context
-    # without an end token every answer has the length that was asked for
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return Subject(model.eval(), dtype, device, context, int(model.config.vocab_size))
-
-
-def _random_context() -> int:
-    from transformers import GPT2Config
-
-    return int(GPT2Config().n_positions)
-
-
-def _random_model() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config())
-
-
-def machine_of(device: Device) -> Machine:
-    """Return what this machine is and has installed."""
-    import stablegen
-
-    memory = torch.cuda.get_device_properties(device.name).total_memory if device.is_cuda else None
-    return Machine(
-        device=device.name,
-        device_model=device.model,
-        compute_capability=None if device.capability is None else "{}.{}".format(*device.capability),
-        sm_count=device.sm_count,
-        memory=memory,
-        driver=_driver() if device.is_cuda else None,
-        cpu=cpu_model(),
-        threads=torch.get_num_threads(),
-        stablegen=stablegen.__version__,
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        cuda=torch.version.cuda if device.is_cuda else None,
-        triton=version_of("triton") if device.is_cuda else None,
-        transformers=version_of("transformers"),
-    )
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-    except Exception:  # NVML has an exception class for each thing that is amiss; the figures stand without it
-        return None
-    return version.decode() if isinstance(version, bytes) else str(version)
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------

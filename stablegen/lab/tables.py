@@ -1,0 +1,47 @@
+"""Tables and lines of experiments on a console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_Title = TypeVar("_Title")
+_Cells = TypeVar("_Cells")
+
+
+def say(console: Console, text: str = "") -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False)
+
+
+def sheet(*columns: str) -> Table:
+    """Return an empty table, its first column to the left and the others to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left")
+    return made
+
+
+def grouped(
+    rows: Iterable[tuple[_Title, int, _Cells]],
+) -> list[tuple[_Title, str, _Cells]]:
+    """Return rows of a title, a count and cells, neighbours that differ in the count alone as one row."""
+    found: list[tuple[_Title, list[int], _Cells]] = []
+    for title, count, cells in rows:
+        if found and (found[-1][0], found[-1][2]) == (title, cells):
+            found[-1][1].append(count)
+        else:
+            found.append((title, [count], cells))
+    return [(title, counts_text(counts), cells) for title, counts, cells in found]
+
+
+def counts_text(counts: Sequence[int]) -> str:
+    """Return counts as a list, and from first to last where there are many."""
+    return ", ".join(map(str, counts)) if len(counts) < 4 else f"{counts[0]} ... {counts[-1]}"
