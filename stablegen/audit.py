@@ -21,6 +21,7 @@ Outcome = Literal["bits", "tokens", "diverged"]
 OUTCOMES: tuple[Outcome, ...] = ("bits", "tokens", "diverged")
 CONFIDENCE = 0.95
 BINS = 10
+CURVE_POINTS = 100
 OTHER_MODEL = "of another model or tokenizer"
 
 
@@ -77,6 +78,19 @@ class AuditedHit(Frozen):
         return None
 
 
+class Threshold(Frozen):
+    """What flagging answers of at least a predicted probability would have come to.
+
+    ``flagged``: the share of all. ``precision``: of the flagged, the share that diverged. ``recall``: of those that
+    diverged, the share flagged; None where none did.
+    """
+
+    threshold: float
+    flagged: float
+    precision: float
+    recall: float | None
+
+
 class AuditReport(Frozen):
     """What an audit found.
 
@@ -84,6 +98,7 @@ class AuditReport(Frozen):
     ``recall``: of the answers that diverged, those flagged; ``precision``: of the flagged, those that diverged.
     ``brier``: mean squared error of the predicted probabilities; ``calibration_error``: their distance from what was
     observed, a mean over ``reliability``'s bins by size. ``exact``: of the answers called so, those with equal bits.
+    ``curve``: precision and recall from the highest threshold to the lowest. ``made`` is Unix time.
     """
 
     model: str
@@ -98,9 +113,11 @@ class AuditReport(Frozen):
     recall: Share
     precision: Share
     reliability: list[Bin]
+    curve: list[Threshold]
     brier: float | None
     calibration_error: float | None
     wrong: list[AuditedHit]
+    made: float
     seconds: float
 
     @property
@@ -119,8 +136,8 @@ def audit(
 ) -> AuditReport:
     """Compute cached answers anew from scratch, and hold the guard's verdicts against what comes of it.
 
-    ``sample``: so many of them, chosen at random by ``seed``; None: all. Answers of other models are left out. Nothing
-    in the cache is changed. Raises what ``Client.verify`` raises.
+    ``sample``: so many of them, chosen at random by ``seed``; None: all. Answers of other models are left out. No
+    record is changed. Raises what ``Client.verify`` raises.
     """
     started = clock()
     chosen: list[Record] = []
@@ -145,9 +162,19 @@ def audit(
         accepted_risk=client.accepted_risk,
         records=count,
         skipped=skipped,
+        made=time.time(),
         seconds=clock() - started,
         **_measured(hits),
     )
+
+
+def keep(report: AuditReport, client: Client) -> None:
+    """Keep a client's audit in its cache, in place of an earlier one of the same model under the same numerics.
+
+    Raises ``CacheWriteError``.
+    """
+    model = client.source.identity
+    client.store.put_audit(":".join((*model.identity.values(), report.numerics.digest)), report)
 
 
 def _audited(found: Verification, verdict: Verdict) -> AuditedHit:
@@ -181,6 +208,7 @@ def _measured(hits: Sequence[AuditedHit]) -> dict[str, Any]:
         "recall": Share.over(sum(hit.verdict.flagged for hit in diverged), len(diverged)),
         "precision": Share.over(sum(hit.outcome == "diverged" for hit in flagged), len(flagged)),
         "reliability": bins,
+        "curve": curve(told),
         "brier": brier(told) if told else None,
         "calibration_error": calibration_error(bins) if told else None,
         "wrong": [hit for hit in hits if hit.wrong],
@@ -201,6 +229,24 @@ def reliability(told: Sequence[tuple[float, bool]]) -> list[Bin]:
         )
         for index, members in sorted(bins.items())
     ]
+
+
+def curve(told: Sequence[tuple[float, bool]]) -> list[Threshold]:
+    """Return precision and recall at every predicted probability, highest first; at most ``CURVE_POINTS`` of them."""
+    ranked = sorted(told, reverse=True)
+    total = sum(parted for _, parted in told)
+    found, caught = [], 0
+    for count, (probability, parted) in enumerate(ranked, 1):
+        caught += parted
+        if count < len(ranked) and ranked[count][0] == probability:
+            continue  # equal ones are flagged together
+        recall = caught / total if total else None
+        found.append(
+            Threshold(threshold=probability, flagged=count / len(ranked), precision=caught / count, recall=recall)
+        )
+    if len(found) <= CURVE_POINTS:
+        return found
+    return [found[round(place * (len(found) - 1) / (CURVE_POINTS - 1))] for place in range(CURVE_POINTS)]
 
 
 def brier(told: Sequence[tuple[float, bool]]) -> float:

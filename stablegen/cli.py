@@ -441,7 +441,7 @@ def clear(
     cache_dir: CacheDir = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove every record, flagged hit and self-check."""
+    """Remove every record, flagged hit, self-check, calibration and audit."""
     with _store(app_name, cache_dir) as store:
         if not yes:
             typer.confirm(f"Remove {store.stats().records} records from {store.path}?", abort=True)
@@ -568,29 +568,28 @@ def audit(
 ) -> None:
     """Generate cached answers anew from scratch, and hold the guard's verdicts against what comes of it.
 
-    Ends with 1 where an answer called exact was not. Nothing in the cache is changed.
+    Ends with 1 where an answer called exact was not. No record is changed; what was found is kept for `report`.
     """
     from stablegen.audit import audit as run
-    from stablegen.audit import render
+    from stablegen.audit import keep, render
     from stablegen.lab.plot import check_plot, draw_reliability
 
     if sample is not None and sample < 1:
         raise typer.BadParameter(f"--sample {sample} is not a positive number")
     if plot is not None:
         check_plot(plot)
-    with contextlib.ExitStack() as stack:
-        write = None if out is None else stack.enter_context(_output(out))
-        client = stack.enter_context(_client(model, policy, dtype, device, app_name, cache_dir, revision=revision))
-        with _progress("answers") as progress:
+    with _client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
+        with contextlib.nullcontext() if out is None else _output(out) as write, _progress("answers") as progress:
             report = run(client, sample=sample, seed=seed, progress=progress)
-        if write is not None:
-            write(report.model_dump_json(indent=1))
-    if as_json:
-        print(report.model_dump_json())
-    else:
-        render(report, _console())
-    if plot is not None:
-        draw_reliability(report, plot)
+            if write is not None:
+                write(report.model_dump_json(indent=1))
+        if as_json:
+            print(report.model_dump_json())
+        else:
+            render(report, _console())
+        if plot is not None:
+            draw_reliability(report, plot)
+        keep(report, client)
     if report.broken:
         raise typer.Exit(1)
 

@@ -555,7 +555,7 @@ class Client:
                     failure = error
                     log.info("answers of %s do not calibrate: %s", recorded.summary(), error)
                     continue
-                name = _calibration_name(self._identity, recorded, current)
+                name = calibration_name(self._identity, recorded, current)
                 self.store.put_calibration(name, made)
                 self._calibrations[self._identity.canonical, recorded.digest] = made
                 found.append(made)
@@ -734,7 +734,7 @@ class Client:
         try:
             return self._calibrations[pair]
         except KeyError:
-            name = _calibration_name(record.request.model, record.numerics, self.numerics_for(record.request))
+            name = calibration_name(record.request.model, record.numerics, self.numerics_for(record.request))
             found = self._calibrations[pair] = self.store.get_calibration(name)
             return found
 
@@ -1018,6 +1018,7 @@ class Client:
             created=time.time(),
             seconds=generated.seconds,
             logprobs=generated.logprobs,
+            app=self.app,
         )
         return record.superseding(work.hits.get(record.key))
 
@@ -1157,7 +1158,8 @@ def check_name(model: ModelIdentity, numerics: Numerics, shape: Shape) -> str:
     return ":".join((numerics.digest, *model.identity.values(), str(shape.width), *capacity, *scored))
 
 
-def _calibration_name(model: ModelIdentity, recorded: Numerics, current: Numerics) -> str:
+def calibration_name(model: ModelIdentity, recorded: Numerics, current: Numerics) -> str:
+    """Return under which name the store keeps what was measured between two numerics."""
     return ":".join((*model.identity.values(), recorded.digest, current.digest))
 
 

@@ -204,7 +204,7 @@ class Record(NamedTuple):
     ``trace`` is None in a record that was made elsewhere and cannot be judged; ``untraced`` then holds its tokens.
     ``created`` is Unix time, ``seconds`` the time from the start of the batch. ``superseded`` is the record that this
     one replaced, one level deep. ``logprobs``: natural logarithms of the probability of each token of the request's
-    continuation, float32.
+    continuation, float32. ``app`` is that of the client which computed it; None where it had none, or was older.
     """
 
     key: str
@@ -219,6 +219,7 @@ class Record(NamedTuple):
     superseded: Record | None = None
     untraced: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    app: str | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -254,6 +255,7 @@ class Record(NamedTuple):
             }
         return {
             "key": self.key,
+            "app": self.app,
             "prompt": self.request.prompt,
             "prompt_ids": self.request.prompt_ids,
             "token_ids": self.token_ids,
@@ -411,6 +413,8 @@ def encode(record: Record) -> bytes:
     }
     if request.continuation:
         own |= {"continuation": request.continuation, "logprobs": record.logprobs}
+    if record.app is not None:
+        own["app"] = record.app
     header = "\n".join(
         (
             request.params.model_dump_json(exclude_defaults=True),  # an older version reads what it knows
@@ -482,6 +486,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
             decode(data[superseded_at:], own_key) if superseded_size else None,
             () if traced else _unpack("I", answer),
             logprobs,
+            own.get("app"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptEntryError(f"the entry cannot be read: {error}") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import stablegen
+from stablegen.audit import AuditReport, Bin, Share, curve
 from stablegen.client import Client
 from stablegen.numerics import Numerics
 from stablegen.params import GenerationParams
@@ -86,6 +87,33 @@ def untraced(tokens: Sequence[int] = (1, 2), **changes: Any) -> Record:
 
 def passed(under: Numerics) -> SelfCheck:
     return SelfCheck(numerics=under, passed=True)
+
+
+def audit_report(told: Sequence[tuple[float, bool]] = ((0.9, True), (0.1, False)), **changes: Any) -> AuditReport:
+    """Return what an audit would have found of answers with these probabilities, diverged or not."""
+    parted, flagged = [one for one in told if one[1]], [one for one in told if one[0] > 0.005]
+    observed = Share.over(len(parted), len(told))
+    fields: dict[str, Any] = {
+        "model": "some-model",
+        "numerics": numerics(),
+        "app": None,
+        "accepted_risk": 0.005,
+        "records": len(told),
+        "audited": len(told),
+        "skipped": {},
+        "table": {"at_risk": {"bits": 0, "tokens": len(told) - len(parted), "diverged": len(parted)}},
+        "exact": Share.over(0, 0),
+        "recall": Share.over(len(parted), len(parted)),
+        "precision": Share.over(len(parted), len(flagged)),
+        "reliability": [Bin(low=0.0, high=1.0, predicted=0.5, observed=observed)],
+        "curve": curve(told),
+        "brier": 0.01,
+        "calibration_error": 0.1,
+        "wrong": [],
+        "made": 1_700_000_000.0,
+        "seconds": 1.5,
+    }
+    return AuditReport(**(fields | changes))
 
 
 def near_tie(old: Record, *, margin: float = 0.0, step: int = 0, under: Numerics | None = None) -> Record:

@@ -13,7 +13,17 @@ from rich.console import Console
 from support import TINY, client, numerics, record, small_directory, with_token
 
 from stablegen import cli
-from stablegen.audit import AuditReport, Share, audit, brier, calibration_error, reliability, render
+from stablegen.audit import (
+    CURVE_POINTS,
+    AuditReport,
+    Share,
+    audit,
+    brier,
+    calibration_error,
+    curve,
+    reliability,
+    render,
+)
 
 PROMPTS = [f"{opening} {subject}" for opening in ("What is", "Tell me about", "I never") for subject in ("music", "it")]
 NEW = 24
@@ -45,6 +55,19 @@ def test_predicted_and_observed_are_compared_in_ten_bins() -> None:
     assert bins[0].predicted == pytest.approx(0.0125)
     assert calibration_error(bins) == pytest.approx((8 * (1 / 8 - 0.0125) + 0.69 + 2 * (0.975 - 0.5)) / 11)
     assert brier([(0.0, False), (1.0, False), (0.5, True)]) == pytest.approx(1.25 / 3)
+
+
+def test_precision_and_recall_at_every_threshold() -> None:
+    points = curve([(0.9, True), (0.5, False), (0.5, True), (0.0, False)])
+    assert [(one.threshold, one.flagged, one.precision, one.recall) for one in points] == [
+        (0.9, 0.25, 1.0, 0.5),
+        (0.5, 0.75, pytest.approx(2 / 3), 1.0),
+        (0.0, 1.0, 0.5, 1.0),
+    ]
+    assert [one.recall for one in curve([(0.1, False)])] == [None]
+    assert curve([]) == []
+    many = curve([(place / 1000, place % 7 == 0) for place in range(1000)])
+    assert (len(many), many[0].threshold, many[-1].threshold) == (CURVE_POINTS, 0.999, 0.0)
 
 
 # --- the audit --------------------------------------------------------------------------------------------------------
@@ -148,10 +171,14 @@ def test_the_command_reports_draws_and_fails_where_an_exact_was_not(run: Callabl
     assert report.audited == 7
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
     with client(tmp_path / "cache", policy="invariant") as asking:
+        assert asking.store.audits() == [report]
         asking.store.put([with_token(right, 2, 7)])
     code, out, _ = run("audit", *HERE, *more, "--json")
     assert code == 1
-    assert AuditReport.model_validate(json.loads(out)).broken
+    broken = AuditReport.model_validate(json.loads(out))
+    assert broken.broken
+    with client(tmp_path / "cache", policy="invariant") as asking:
+        assert asking.store.audits() == [broken]
 
 
 def test_wrong_usage_is_named(run: Callable[..., Any]) -> None:

@@ -51,6 +51,7 @@ def records(draw: st.DrawFn, *, depth: int = 1) -> Record:
         created=draw(st.floats(0, 2e9)),
         seconds=draw(st.floats(0, 1e6)),
         superseded=None if old is None else old._replace(key=asked.key),
+        app=draw(st.none() | texts),
     )
     return made if made.trace is not None else made._replace(untraced=tuple(draw(st.lists(words, max_size=3))))
 
@@ -191,3 +192,9 @@ def test_numerics_are_parsed_whole() -> None:
     found = decode(encode(record(numerics=numerics(overrides=("A=1",)))))
     assert isinstance(found.numerics, Numerics)
     assert found.numerics.overrides == ("A=1",)
+
+
+def test_a_record_without_an_app_is_the_bytes_it_always_was() -> None:
+    assert b'"app"' not in encode(record())
+    assert decode(encode(record(app="an app"))).app == "an app"
+    assert record(app="an app").to_dict()["app"] == "an app"

@@ -18,7 +18,7 @@ from typing import Any
 
 import diskcache
 import pytest
-from support import client, numerics, passed, record, request, untraced
+from support import audit_report, client, numerics, passed, record, request, untraced
 
 import stablegen.store.disk
 from stablegen.errors import CacheDirectoryError, CacheEntryWarning, CacheSchemaError, CacheWriteError
@@ -94,6 +94,24 @@ def test_flags_and_checks_come_back(store: DiskStore) -> None:
     assert store.get_check("a name") == check
     assert store.get_check("another") is None
     assert store.checks() == [check]
+
+
+def test_of_each_name_the_newest_audit_stays(store: DiskStore) -> None:
+    early, late = audit_report(made=1.0), audit_report(made=3.0)
+    other = audit_report(made=2.0, numerics=numerics(dtype="bfloat16"))
+    for name, report in (("one", early), ("one", late), ("another", other)):
+        store.put_audit(name, report)
+    assert store.audits() == [other, late]
+    assert store.stats().audits == 2
+    assert store.clear() == 0
+    assert store.audits() == []
+
+
+def test_an_audit_that_cannot_be_read_is_reported(store: DiskStore) -> None:
+    plant(store, "audit:bad", b'{"model": 1}')
+    store.put_audit("good", audit_report())
+    with pytest.warns(CacheEntryWarning, match="audit:bad"):
+        assert store.audits() == [audit_report()]
 
 
 def test_large_records_come_back(store: DiskStore) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from stablegen.audit import AuditReport
 from stablegen.calibration import Calibration
 from stablegen.frozen import Frozen
 from stablegen.record import Record, SelfCheck, Verdict
@@ -40,13 +41,14 @@ class StoreStats:
     flagged_hits: int
     self_checks: int
     calibrations: int
+    audits: int
     foreign: int
     size: int
     size_limit: int | None
 
 
 class Store(Protocol):
-    """Records by request key, and beside them the flagged hits, the self-checks and the calibrations.
+    """Records by request key, and beside them the flagged hits, the self-checks, the calibrations and the audits.
 
     An entry that fails its checks is reported (``CacheEntryWarning``) and treated as absent. Writing raises
     ``CacheWriteError`` where the disk is full or fails.
@@ -103,6 +105,14 @@ class Store(Protocol):
 
     def calibrations(self) -> list[Calibration]:
         """Return every calibration."""
+        ...
+
+    def put_audit(self, name: str, report: AuditReport) -> None:
+        """Keep what an audit found."""
+        ...
+
+    def audits(self) -> list[AuditReport]:
+        """Return what the audits found, oldest first."""
         ...
 
     def stats(self) -> StoreStats:

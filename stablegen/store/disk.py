@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import diskcache
 from diskcache.core import MODE_BINARY, MODE_RAW
 
+from stablegen.audit import AuditReport
 from stablegen.calibration import VERSION, Calibration
 from stablegen.errors import (
     CacheDirectoryError,
@@ -29,7 +30,7 @@ _T = TypeVar("_T")
 
 _OWN = ("cache.db", ".probe-", "digests.json")
 """How the files begin that may lie in a new cache: another process may be opening it at this moment."""
-_RECORD, _FLAG, _CHECK, _CALIBRATION = "record:", "flag:", "check:", "calibration:"
+_RECORD, _FLAG, _CHECK, _CALIBRATION, _AUDIT = "record:", "flag:", "check:", "calibration:", "audit:"
 
 
 class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
@@ -146,10 +147,19 @@ class DiskStore:
         found = (self._read(name, Calibration.model_validate_json) for name in self._names(_CALIBRATION))
         return [one for one in found if one is not None and one.version == VERSION]
 
+    def put_audit(self, name: str, report: AuditReport) -> None:
+        """Keep what an audit found."""
+        self._write({_AUDIT + name: report.model_dump_json().encode()})
+
+    def audits(self) -> list[AuditReport]:
+        """Return what the audits found, oldest first."""
+        found = (self._read(name, AuditReport.model_validate_json) for name in self._names(_AUDIT))
+        return sorted((report for report in found if report is not None), key=lambda report: report.made)
+
     def stats(self) -> StoreStats:
         """Return what the store holds."""
         names = list(self._names(""))
-        prefixes = (_RECORD, _FLAG, _CHECK, _CALIBRATION)
+        prefixes = (_RECORD, _FLAG, _CHECK, _CALIBRATION, _AUDIT)
         counts = [sum(name.startswith(prefix) for name in names) for prefix in prefixes]
         total = self._retry(self._cache.__len__)
         return StoreStats(
@@ -157,6 +167,7 @@ class DiskStore:
             flagged_hits=counts[1],
             self_checks=counts[2],
             calibrations=counts[3],
+            audits=counts[4],
             foreign=total - sum(counts),
             size=int(self._retry(self._cache.volume)),
             size_limit=self.size_limit,
