@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +17,13 @@ from stablegen.client import Client
 from stablegen.engine.base import Engine
 from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_engine
-from stablegen.engine.self_check import self_check
 from stablegen.frozen import Frozen
+from stablegen.lab.planned import Planned
 from stablegen.lab.progress import ticker
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
 from stablegen.params import GenerationParams
-from stablegen.policy import Batch, Native, Shape, load_policy
-from stablegen.record import SelfCheck, Verdict
+from stablegen.policy import Batch, Native, load_policy
+from stablegen.record import Verdict
 from stablegen.request import Request
 from stablegen.tokenizer import Tokenizer
 
@@ -157,24 +156,12 @@ def _measure_policy(spec: str, dtype: str) -> Measured:
         return Request(tokenizer.encode(prompt), params, checkpoint.identity, tokenizer.digest, prompt)
 
     needles, others = [request(prompt) for prompt in PROMPTS], [request(prompt) for prompt in NEIGHBOURS]
-    checks: dict[Shape, SelfCheck] = {}
-
-    def plan(requests: list[Request]) -> Iterator[Batch]:
-        """Plan as the client does: each shape measured once before it is used."""
-        shapes: dict[Shape, list[Request]] = {}
-        for one in requests:
-            shape = policy.shape(len(one.prompt_ids), one.params.max_new_tokens, engine.limits)
-            shapes.setdefault(shape, []).append(one)
-        for shape, members in shapes.items():
-            if shape not in checks:
-                checks[shape] = self_check(engine, checkpoint.vocabulary, *shape)
-            yield from policy.plan(members, replace(engine.limits, slot_free=checks[shape].slot_free))
-
-    alone = {id(needle): _rows(engine, plan([needle]), [needle])[id(needle)] for needle in needles}
+    runs = Planned(engine, policy, checkpoint.vocabulary)
+    alone = {id(needle): _rows(engine, runs.batches([needle]), [needle])[id(needle)] for needle in needles}
     rows = moved = 0
     largest, flips = 0.0, []
     for name, together in _situations(needles, others):
-        found = _rows(engine, plan(together), needles)
+        found = _rows(engine, runs.batches(together), needles)
         for needle in needles:
             before, after = alone[id(needle)], found[id(needle)]
             for step, (mine, theirs) in enumerate(zip(before, after, strict=True)):
@@ -195,8 +182,7 @@ def _measure_policy(spec: str, dtype: str) -> Measured:
                         )
                     )
                     break
-    apart = any(check.width is not None and not check.slot_free for check in checks.values())
-    note = "the slot moves bits here: each request runs in slot 0" if apart else ""
+    note = "the slot moves bits here: each request runs in slot 0" if runs.slot_matters else ""
     return Measured(policy=spec, dtype=dtype, rows=rows, moved=moved, largest=largest, flips=flips, note=note)
 
 

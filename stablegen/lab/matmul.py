@@ -428,14 +428,18 @@ def render(report: MatmulReport, console: Console) -> None:
     """Print a report as tables."""
     say(console, f"matmul: {report.m} x {report.k} times {report.k} x {report.n} on {report.machine.summary()}")
     for way in WAYS:
-        lanes, rows = cells_of(report, way)
+        lanes, rows = table_of(report, way)
         table = sheet("rows" if way == "row" else "matrices", *(f"{kernels} {name}" for kernels, name in lanes))
         for counts, cells in rows:
-            table.add_row(counts, *cells)
+            table.add_row(counts, *map(cell_text, cells))
         say(console, f"{TITLES[way]} against the same alone: largest difference")
         console.print(table)
     for line in kernel_lines(report):
-        say(console, line)
+        say(
+            console,
+            f"{line.kernels} {line.precision}, {TITLES[line.way]}: alone {' + '.join(line.alone)}; "
+            f"{line.counts}: {' + '.join(line.together)}",
+        )
     moved = [one for one in report.searched if one.first is not None]
     if report.searched:
         say(console, "shapes looked at whose product moved in company:")
@@ -456,31 +460,48 @@ def render(report: MatmulReport, console: Console) -> None:
     say(console, MEANING)
 
 
-def cells_of(report: MatmulReport, way: Way) -> tuple[list[Lane], list[tuple[str, tuple[str, ...]]]]:
-    """Return who was compared in a way, and by counts what came of it."""
+Companies = tuple[Company | None, ...]
+
+
+def table_of(report: MatmulReport, way: Way) -> tuple[list[Lane], list[tuple[str, Companies]]]:
+    """Return who was compared in a way, and by counts what came of it; counts of the same figures are one row."""
     mine = [one for one in report.companies if one.way == way]
     lanes = list(dict.fromkeys((one.kernels, one.precision) for one in mine))
-    cells = {(one.kernels, one.precision, one.count): _cell(one) for one in mine}
-    counts = list(dict.fromkeys(one.count for one in mine))
-    rows = grouped(("", count, tuple(cells.get((*lane, count), "") for lane in lanes)) for count in counts)
-    return lanes, [(text, row) for _, text, row in rows]
+    cells = {(one.kernels, one.precision, one.count): one for one in mine}
+    rows = [
+        ("", count, tuple(cells.get((*lane, count)) for lane in lanes))
+        for count in dict.fromkeys(one.count for one in mine)
+    ]
+    return lanes, [(counts, row) for _, counts, row in grouped(rows, lambda row: [*map(cell_text, row)])]
 
 
-def _cell(one: Company) -> str:
+def cell_text(one: Company | None) -> str:
+    """Return what a table says of a comparison."""
+    if one is None:
+        return ""
     if one.problem is not None:
         return one.problem
     return "0, same bits" if one.equal else f"{one.max_abs:.3g}" + ("" if one.allclose else ", not allclose")
 
 
-def kernel_lines(report: MatmulReport) -> list[str]:
+class KernelLine(NamedTuple):
+    """Which kernels ran alone, and which with so many others."""
+
+    kernels: Kernels
+    precision: Precision
+    way: Way
+    counts: str
+    alone: tuple[str, ...]
+    together: tuple[str, ...]
+
+
+def kernel_lines(report: MatmulReport) -> list[KernelLine]:
     """Return, for each way and precision, the kernels that ran alone and those that ran in company."""
     lines = []
     for kernels, precision, way in dict.fromkeys((one.kernels, one.precision, one.way) for one in report.companies):
         mine = [one for one in report.companies if (one.kernels, one.precision, one.way) == (kernels, precision, way)]
-        seen = list(dict.fromkeys((one.together, one.alone) for one in mine if one.together))
-        for together, alone in seen:
-            counts = counts_text([one.count for one in mine if one.together == together])
-            lines.append(
-                f"{kernels} {precision}, {TITLES[way]}: alone {' + '.join(alone)}; {counts}: {' + '.join(together)}"
-            )
+        for together in dict.fromkeys(one.together for one in mine if one.together):
+            those = [one for one in mine if one.together == together]
+            counts = counts_text([one.count for one in those])
+            lines.append(KernelLine(kernels, precision, way, counts, those[0].alone, together))
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def sheet(*columns: str) -> Table:
 
 
 def grouped(
-    rows: Iterable[tuple[_Title, int, _Cells]],
+    rows: Iterable[tuple[_Title, int, _Cells]], told: Callable[[_Cells], object] = lambda cells: cells
 ) -> list[tuple[_Title, str, _Cells]]:
-    """Return rows of a title, a count and cells, neighbours that differ in the count alone as one row."""
+    """Return rows of a title, a count and what came of it; neighbours of which the same is ``told`` become one row."""
     found: list[tuple[_Title, list[int], _Cells]] = []
     for title, count, cells in rows:
-        if found and (found[-1][0], found[-1][2]) == (title, cells):
+        if found and (found[-1][0], told(found[-1][2])) == (title, told(cells)):
             found[-1][1].append(count)
         else:
             found.append((title, [count], cells))
