@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
     from stablegen.client import Client
     from stablegen.lab.bench import Report
-    from stablegen.record import Completion, Record
+    from stablegen.lab.report import LabReport
+    from stablegen.record import Completion
     from stablegen.store.base import Store
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 App = Annotated[str | None, typer.Option("--app", help="The app whose settings hold.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Folder of the cache.")]
+PageFile = Annotated[Path | None, typer.Option("--html", help="Write it as a page to this .html file as well.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
@@ -300,53 +302,33 @@ def inspect(
     device: Device = None,
     app_name: App = None,
     cache_dir: CacheDir = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Load the model, and hold it against a fresh run.")] = False,
+    html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a stored answer step by step: token, runner-up, margin, probability of a flip."""
+    """Show a stored answer step by step: token, runner-up, margin, probability of a flip.
+
+    Where another run's answer is known to part from it, both are shown.
+    """
+    from stablegen.inspection import inspect as look
+    from stablegen.inspection import render
+
+    if html is not None:
+        from stablegen.pages.render import check_page
+
+        check_page(html)
     with _client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
         record = client.inspect(client.find_key(key))
-        verdict = client.judge(record)
-        if as_json:
-            print(json.dumps(record.to_dict() | {"verdict": verdict.model_dump(mode="json")}, ensure_ascii=False))
-            return
-        _print_record(client, record)
+        seen = look(client, record, client.verify(record) if verify else None)
+    if html is not None:
+        from stablegen.pages.answer import write_answer
 
-
-def _print_record(client: Client, record: Record) -> None:
-    from datetime import UTC, datetime
-
-    from stablegen.guard import flip_probabilities
-
-    console, verdict = _console(), client.judge(record)
-    token = client.token_text(record)
-    facts = {
-        "key": record.key,
-        "prompt": repr(record.request.prompt or record.request.prompt_ids),
-        "answer": repr(record.text),
-        "model": f"{record.request.model.name} {' '.join(record.request.model.identity.values())[:40]}",
-        "computed": f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%d %H:%M:%S} UTC",
-        "numerics": record.numerics.summary(),
-        "batch": ", ".join(f"{k} {v}" for k, v in record.composition._asdict().items() if v is not None),
-        "verdict": f"{verdict.status} ({verdict.basis}): {verdict.reason}",
-        "p(divergence)": "unknown" if verdict.probability is None else f"{verdict.probability:.3g}",
-    }
-    for name, value in facts.items():
-        console.print(f"{name:>13}  {value}", markup=False, highlight=False)
-    if record.superseded is not None:
-        old = record.superseded
-        console.print(f"   superseded  {old.text!r} by {old.numerics.summary()}", markup=False, highlight=False)
-    if record.trace is None:
-        return
-    risks = flip_probabilities(record.trace, record.numerics, client.numerics, client.calibration(record))
-    table = _table("step", "token", "runner-up", "margin", "p(flip)", "")
-    for step, (best, second, margin, risk) in enumerate(
-        zip(record.trace.tokens, record.trace.runner_ups, record.trace.margins, risks, strict=True)
-    ):
-        fragile = risk > client.accepted_risk
-        table.add_row(
-            str(step), token(best), token(second), f"{margin:.6g}", f"{risk:.2e}", "fragile" if fragile else ""
-        )
-    console.print(table)
+        write_answer(seen, html)
+    if as_json:
+        known = seen.model_dump(mode="json", include={"verdict", "verification", "partings"})
+        print(json.dumps(record.to_dict() | known, ensure_ascii=False))
+    else:
+        render(seen, _console())
 
 
 @app.command(name="warnings")

@@ -77,6 +77,23 @@ def one_line(text: str) -> str:
     return text.translate(_INVISIBLE)
 
 
+def many_lines(text: str) -> str:
+    """Return text with its line breaks, and what else is not to be seen made visible."""
+    return text.translate({**_INVISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
+
+
+def arrows(text: str) -> str:
+    """Return a reason with its arrows as such."""
+    return text.replace("->", "\N{RIGHTWARDS ARROW}")
+
+
+def plain(value: Any) -> str:
+    """Return a setting as a person writes it; a dash for none."""
+    if isinstance(value, list | tuple):
+        return one_line(", ".join(map(plain, value))) or "none"
+    return "\N{EN DASH}" if value is None else one_line(str(value))
+
+
 @cache
 def part(name: str) -> str:
     """Return the text of a style sheet or script in this package."""
@@ -157,5 +174,7 @@ def _environment() -> Environment:
         security=_security,
         embedded=embedded,
     )
-    environment.filters.update(one_line=one_line, number=number, percent=percent)
+    environment.filters.update(
+        arrows=arrows, one_line=one_line, many_lines=many_lines, plain=plain, number=number, percent=percent
+    )
     return environment
