@@ -65,8 +65,8 @@ TOP = 10
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 MEANING = (
     "Where two tokens nearly tie, a rounding error decides between them, and everything that follows is another text. "
-    "Batch size and padding each move the scores by rounding errors; a missing mask moves them by whole units and is "
-    "a mistake of the caller. Under the three policies no score moved at all."
+    "Batch size and padding may each move the scores by rounding errors; a missing mask gives the model another text, "
+    "and is a mistake of the caller."
 )
 
 
@@ -190,6 +190,16 @@ class FlipsReport(Frozen):
     skipped: tuple[str, ...]
     dtypes: tuple[DtypeFlips, ...]
     seconds: float
+
+    @property
+    def meaning(self) -> str:
+        """Return in words what was seen."""
+        totals = [total for one in self.dtypes for total in one.policies]
+        if not totals:
+            return MEANING
+        names = ", ".join(dict.fromkeys(total.policy for total in totals))
+        moved, steps = sum(total.moved_steps for total in totals), sum(total.steps for total in totals)
+        return f"{MEANING} Under {names}, {moved:,} of {steps:,} score rows moved."
 
 
 def own_prompts() -> list[str]:
@@ -569,7 +579,7 @@ def render(report: FlipsReport, console: Console) -> None:
             )
     for line in report.skipped:
         say(console, f"left out: {line}")
-    say(console, MEANING)
+    say(console, report.meaning)
 
 
 def first_flips(found: DtypeFlips, most: int = 8) -> list[tuple[str, Flip]]:

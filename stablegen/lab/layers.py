@@ -44,8 +44,8 @@ DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat
 MIDDLES = ("ln_2", "post_attention_layernorm")
 """What a block's second norm is called: it reads the residual stream between attention and MLP."""
 MEANING = (
-    "The difference enters at the first layer whose kernel takes another order of sums for another batch size; each "
-    "layer after it passes it on and adds its own. Through stablegen's kernels there is none to pass on."
+    "A difference enters at the first layer whose kernel takes another order of sums for another batch size; each "
+    "layer after it passes it on and adds its own."
 )
 
 _Stream = dict[str, torch.Tensor]
@@ -97,6 +97,15 @@ class LayersReport(Frozen):
     runs: tuple[LayersInCompany, ...]
     unavailable: dict[str, str]
     seconds: float
+
+    @property
+    def meaning(self) -> str:
+        """Return in words what was seen."""
+        seen = []
+        for kernels in dict.fromkeys(run.kernels for run in self.runs):
+            mine = [run for run in self.runs if run.kernels == kernels]
+            seen.append(f"{kernels} moved in {sum(run.first is not None for run in mine)} of {len(mine)} runs")
+        return f"{MEANING} Here {', '.join(seen)}."
 
     @property
     def ordered(self) -> list[LayersInCompany]:
@@ -381,7 +390,7 @@ def render(report: LayersReport, console: Console) -> None:
     console.print(table)
     for name, reason in report.unavailable.items():
         say(console, f"not measured: {name}: {reason}")
-    say(console, MEANING)
+    say(console, report.meaning)
 
 
 def _cells(run: LayersInCompany) -> tuple[str, ...]:

@@ -472,7 +472,7 @@ def table_of(report: MatmulReport, way: Way) -> tuple[list[Lane], list[tuple[str
         ("", count, tuple(cells.get((*lane, count)) for lane in lanes))
         for count in dict.fromkeys(one.count for one in mine)
     ]
-    return lanes, [(counts, row) for _, counts, row in grouped(rows, lambda row: [*map(cell_text, row)])]
+    return lanes, [(text, row) for _, text, row in grouped(rows, lambda row: [*map(cell_text, row)])]
 
 
 def cell_text(one: Company | None) -> str:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stablegen.errors import InputFileError, ParameterError
 from stablegen.frozen import Frozen
 from stablegen.lab import associativity, flips, layers, matmul
+from stablegen.lab.associativity import AssociativityReport
+from stablegen.lab.flips import FlipsReport
+from stablegen.lab.layers import LayersReport
+from stablegen.lab.matmul import MatmulReport
 from stablegen.lab.tables import say
 
 if TYPE_CHECKING:
@@ -20,15 +26,63 @@ class LabReport(Frozen):
     """The experiments that were run, and when, in Unix time."""
 
     created: float
-    associativity: associativity.AssociativityReport | None = None
-    matmul: matmul.MatmulReport | None = None
-    layers: layers.LayersReport | None = None
-    flips: flips.FlipsReport | None = None
+    associativity: AssociativityReport | None = None
+    matmul: MatmulReport | None = None
+    layers: LayersReport | None = None
+    flips: FlipsReport | None = None
 
 
 def report_of(**found: Frozen) -> LabReport:
     """Return the report of experiments by name, as of now."""
     return LabReport(created=time.time(), **found)  # type: ignore[arg-type]  # pydantic checks them
+
+
+def read_report(file: Path) -> LabReport:
+    """Return the report in a file that ``--json`` printed; raise ``InputFileError`` where it is none."""
+    try:
+        return LabReport.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputFileError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        problem = str(error).splitlines()[0]
+        raise InputFileError(
+            f"{file} holds no report: {problem}", accepted="what stablegen lab printed with --json"
+        ) from error
+
+
+def join(reports: Sequence[LabReport]) -> LabReport:
+    """Return one report of several: each experiment once, of ``flips`` each dtype once.
+
+    Raises ``ParameterError`` where one was run twice, or flips of unlike runs are to be joined.
+    """
+    names = ("associativity", "matmul", "layers", "flips")
+    runs = {name: [found for one in reports if (found := getattr(one, name)) is not None] for name in names}
+    parts: dict[str, Frozen] = {}
+    for name, found in runs.items():
+        if name == "flips" and found:
+            parts[name] = _join_flips(found)
+        elif len(found) > 1:
+            raise ParameterError(f"{name} was run {len(found)} times", accepted="reports of different experiments")
+        elif found:
+            parts[name] = found[0]
+    if not parts:
+        raise ParameterError("no experiment in these reports", accepted="at least one")
+    return LabReport(created=max(one.created for one in reports), **parts)  # type: ignore[arg-type]  # as above
+
+
+def _join_flips(runs: Sequence[FlipsReport]) -> FlipsReport:
+    first = runs[0]
+    fields = ("model", "machine", "baseline", "tokens")
+    if any(getattr(run, name) != getattr(first, name) for run in runs for name in fields):
+        raise ParameterError(
+            "flips of several models, machines or sizes", accepted="flips that differ in the dtype alone"
+        )
+    dtypes = [one for run in runs for one in run.dtypes]
+    if len({one.dtype for one in dtypes}) < len(dtypes):
+        raise ParameterError("flips of one dtype twice", accepted="each dtype once")
+    skipped = dict.fromkeys(line for run in runs for line in run.skipped)
+    seconds = sum(run.seconds for run in runs)
+    return first.model_copy(update={"dtypes": tuple(dtypes), "skipped": tuple(skipped), "seconds": seconds})
 
 
 def measure(

@@ -1,0 +1,315 @@
+"""The page of the lab's report: the experiments that were run, as tables and charts, and a sentence on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from stablegen.lab import associativity, flips, layers, matmul
+from stablegen.lab.report import LabReport
+from stablegen.lab.tables import grouped
+from stablegen.pages import charts
+from stablegen.pages.charts import Series
+from stablegen.pages.render import number, write_page
+
+SAME = "same"
+"""Class of a cell whose bits are the same; one that moved is of class ``moved``."""
+MOVED = "moved"
+
+Cell = dict[str, str]
+
+
+def write(report: LabReport, file: Path) -> None:
+    """Write a report as a page; raise ``ParameterError`` where the file cannot be written."""
+    parts = [part for part in (report.associativity, report.matmul, report.layers, report.flips) if part is not None]
+    machine = parts[0].machine
+    write_page(
+        "lab.html.j2",
+        file,
+        machine=machine.summary(),
+        title=f"Batch variance on {machine.device_model}",
+        device=machine.device_model,
+        created=report.created,
+        seconds=sum(part.seconds for part in parts),
+        tiles=_tiles(report),
+        associativity=None if report.associativity is None else _associativity(report.associativity),
+        matmul=None if report.matmul is None else _matmul(report.matmul),
+        layers=None if report.layers is None else _layers(report.layers),
+        flips=None if report.flips is None else _flips(report.flips),
+    )
+
+
+def _cell(text: str, kind: str = "") -> Cell:
+    return {"text": text, "kind": kind}
+
+
+def _zero(value: float | None, *, equal: bool) -> Cell:
+    return _cell("0", SAME) if equal else _cell(number(value), MOVED)
+
+
+# --- the summary ------------------------------------------------------------------------------------------------------
+
+
+def _tiles(report: LabReport) -> list[dict[str, str]]:
+    """Return the report in a few figures, each with what it counts."""
+    found: list[tuple[str, str, str]] = []
+    if report.associativity is not None:
+        sums = next(one for one in reversed(report.associativity.sums) if one.dtype == "float32")
+        note = f"from {len(sums.sums)} orders of one float32 sum of {number(sums.count)} numbers"
+        found.append(("Results", str(sums.results), note))
+    if report.matmul is not None:
+        moved = [one for one in report.matmul.companies if one.kernels == "vendor" and one.equal is False]
+        worst = max((one.max_abs or 0.0 for one in moved if one.precision == "float32"), default=0.0)
+        shape = f"{report.matmul.m} x {report.matmul.n} x {report.matmul.k}"
+        found.append(("One product, in company", number(worst), f"float32, largest difference at {shape}"))
+    if report.layers is not None:
+        worst_runs = [run for run in report.layers.runs if run.kernels == "vendor" and run.worst is not None]
+        worst_run = max(worst_runs, key=lambda run: run.worst.max_abs if run.worst else 0.0, default=None)
+        if worst_run is not None and worst_run.worst is not None:
+            note = f"at layer {worst_run.worst.layer}, {worst_run.dtype}, batch {worst_run.batch}"
+            found.append(("Worst layer", number(worst_run.worst.max_abs), note))
+        else:
+            found.append(("Worst layer", "0", "no layer moved here"))
+    if report.flips is not None:
+        for one in report.flips.dtypes:
+            flipped = sum(any(trial.flips for trial in p.trials if trial.cause != "missing mask") for p in one.prompts)
+            note = f"of {len(one.prompts)} in {one.dtype}, by batch size or padding"
+            found.append(("Answers that flip", str(flipped), note))
+        flipped = sum(total.flipped for one in report.flips.dtypes for total in one.policies)
+        moved_rows = sum(total.moved_steps for one in report.flips.dtypes for total in one.policies)
+        steps = sum(total.steps for one in report.flips.dtypes for total in one.policies)
+        names = ", ".join(dict.fromkeys(total.policy for one in report.flips.dtypes for total in one.policies))
+        if names:
+            found.append(
+                ("Under the policies", str(flipped), f"{number(moved_rows)} of {number(steps)} rows moved; {names}")
+            )
+    return [{"label": label, "value": value, "note": note} for label, value, note in found]
+
+
+# --- the experiments --------------------------------------------------------------------------------------------------
+
+
+def _associativity(report: associativity.AssociativityReport) -> dict[str, Any]:
+    triples = []
+    for one in report.triples:
+        numbers = [f"{value:g}" for value in (one.a, one.b, one.c)]
+        results = [_cell(f"{value:g}", MOVED if one.differs else SAME) for value in (one.from_left, one.from_right)]
+        triples.append([_cell(f"{one.device} {one.dtype}"), *map(_cell, numbers), *results, _cell(one.note)])
+    names = [f"{sums.device} {sums.dtype}" for sums in report.sums]
+    chart = charts.bars(
+        "Different results of one sum, by dtype",
+        names,
+        {"different results": [sums.results for sums in report.sums]},
+    )
+    spreads = charts.bars(
+        "Distance between the smallest and the largest result, by dtype",
+        names,
+        {"spread": [sums.spread for sums in report.sums]},
+    )
+    orders = [
+        [_cell(order.order), *(_cell(f"{sums.sums[place].value:.9g}") for sums in report.sums)]
+        for place, order in enumerate(report.sums[0].sums)
+    ]
+    orders.append([_cell("exact"), *(_cell(f"{sums.exact:.9g}") for sums in report.sums)])
+    return {
+        "meaning": associativity.MEANING,
+        "triples": triples,
+        "count": report.sums[0].count,
+        "orders_count": len(report.sums[0].sums),
+        "chart": chart,
+        "spreads": spreads,
+        "names": names,
+        "orders": orders,
+    }
+
+
+def _matmul(report: matmul.MatmulReport) -> dict[str, Any]:
+    ways = []
+    for way in matmul.WAYS:
+        lanes, rows = matmul.table_of(report, way)
+        head = ["rows" if way == "row" else "matrices", *(f"{kernels} {name}" for kernels, name in lanes)]
+        body = [[_cell(counts), *map(_company, companies)] for counts, companies in rows]
+        ways.append({"title": matmul.TITLES[way], "head": head, "rows": body})
+    kernels = [
+        [
+            _cell(f"{line.kernels} {line.precision}"),
+            _cell(matmul.TITLES[line.way]),
+            _cell(line.counts),
+            _cell(" + ".join(line.alone)),
+            _cell(" + ".join(line.together), "" if line.alone == line.together else MOVED),
+        ]
+        for line in matmul.kernel_lines(report)
+    ]
+    searched = [
+        [
+            _cell(one.precision),
+            _cell(f"{one.m} x {one.n} x {one.k}"),
+            _cell(matmul.TITLES[one.way]),
+            _cell("none" if one.first is None else str(one.first), SAME if one.first is None else MOVED),
+            _cell(f"{one.moved} of {len(one.counts)}"),
+            _cell(number(one.max_abs)),
+        ]
+        for one in sorted(report.searched, key=lambda one: (matmul.PRECISIONS.index(one.precision), one.first is None))
+    ]
+    return {
+        "meaning": matmul.MEANING,
+        "shape": f"{report.m} x {report.k} times {report.k} x {report.n}",
+        "ways": ways,
+        "kernels": kernels,
+        "searched": searched,
+        "unavailable": report.unavailable,
+    }
+
+
+def _company(one: matmul.Company | None) -> Cell:
+    if one is None:
+        return _cell("")
+    if one.problem is not None:
+        return _cell(one.problem)
+    return _zero(one.max_abs, equal=bool(one.equal))
+
+
+def _layers(report: layers.LayersReport) -> dict[str, Any]:
+    figures = []
+    for dtype in dict.fromkeys(run.dtype for run in report.runs):
+        for stage in dict.fromkeys(run.stage for run in report.runs):
+            chosen = [run for run in report.ordered if (run.kernels, run.dtype, run.stage) == ("vendor", dtype, stage)]
+            moved = [run for run in chosen if run.worst is not None]
+            if not moved:
+                continue
+            curves = grouped(
+                ("", run.batch, [(place, one.max_abs) for place, one in enumerate(run.layers[:-1]) if one.max_abs > 0])
+                for run in moved
+            )
+            series = [Series(f"batch {counts}", points) for _, counts, points in curves]
+            chart = charts.lines(
+                f"Largest difference by place in the model, {dtype}, {stage}",
+                series,
+                x_label="halves of layers from the embedding on",
+                y_label="max abs",
+                y_log=True,
+            )
+            worst = max((run.worst for run in moved if run.worst), key=lambda one: one.max_abs)
+            figures.append({"heading": f"{dtype}, {stage}", "note": f"worst: {worst.layer}", "chart": chart})
+    rows = []
+    for titles, counts, cells in grouped(
+        ((f"{run.kernels} {run.dtype}", run.stage), run.batch, _layer_cells(run)) for run in report.ordered
+    ):
+        rows.append([*map(_cell, titles), _cell(counts), *(_cell(*cell) for cell in cells)])
+    return {
+        "meaning": report.meaning,
+        "model": report.model,
+        "length": report.length,
+        "figures": figures,
+        "rows": rows,
+        "unavailable": report.unavailable,
+    }
+
+
+def _layer_cells(run: layers.LayersInCompany) -> tuple[tuple[str, str], ...]:
+    worst, scores = run.worst, run.layers[-1]
+    return (
+        (run.first or "none", ""),
+        ("none" if worst is None else worst.layer, ""),
+        ("0", SAME) if worst is None else (number(worst.max_abs), MOVED),
+        ("" if worst is None else number(worst.l2), ""),
+        ("0", SAME) if scores.equal else (number(scores.max_abs), MOVED),
+    )
+
+
+def _flips(report: flips.FlipsReport) -> dict[str, Any]:
+    found = []
+    for one in report.dtypes:
+        rows = []
+        for title, counts, cells in grouped((total.cause, total.setting, _total_cells(total)) for total in one.totals):
+            rows.append([_cell(title), _cell(counts), *(_cell(*cell) for cell in cells)])
+        policies = []
+        for policy, counts, told in grouped((t.policy, t.batch, _policy_cells(t)) for t in one.policies):
+            policies.append([_cell(policy), _cell(counts), *(_cell(*cell) for cell in told)])
+        found.append(
+            {
+                "dtype": one.dtype,
+                "prompts": len(one.prompts),
+                "by_batch": _by_batch(one),
+                "by_padding": _by_padding(one),
+                "rows": rows,
+                "policies": policies,
+                "notes": one.notes,
+                "flips": [_shown(prompt, flip) for prompt in one.prompts for flip in prompt.shown],
+            }
+        )
+    return {
+        "meaning": report.meaning,
+        "causes": flips.CAUSES,
+        "model": report.model,
+        "baseline": report.baseline,
+        "tokens": report.tokens,
+        "dtypes": found,
+        "skipped": report.skipped,
+    }
+
+
+def _by_batch(found: flips.DtypeFlips) -> Markup:
+    """Return a chart of the prompts that flip over the rows of the batch."""
+    series = [
+        Series(cause, points)
+        for cause in ("batch size", "as they come")
+        if (points := [(total.setting, total.flipped) for total in found.totals if total.cause == cause])
+    ]
+    return charts.lines(
+        f"Prompts that flip by batch size, of {len(found.prompts)}, {found.dtype}",
+        series,
+        x_label="rows of the batch",
+        y_label="prompts that flip",
+        x_log=True,
+        x_ticks=sorted({setting for one in series for setting, _ in one.points}),
+        y_span=(0, max(1, *(flipped for one in series for _, flipped in one.points))),
+    )
+
+
+def _by_padding(found: flips.DtypeFlips) -> Markup:
+    """Return a chart of the prompts that flip by tokens of padding, with its mask and without."""
+    totals = {(total.cause, total.setting): total.flipped for total in found.totals}
+    pads = sorted({setting for cause, setting in totals if cause == "padding"})
+    causes: tuple[flips.Cause, ...] = ("padding", "missing mask")
+    return charts.bars(
+        f"Prompts that flip by padding, of {len(found.prompts)}, {found.dtype}",
+        [f"{pad} token{'s' if pad > 1 else ''} of padding" for pad in pads],
+        {cause: [totals[cause, pad] for pad in pads] for cause in causes},
+        colours=("c3", "c5"),
+    )
+
+
+def _total_cells(total: flips.Total) -> tuple[tuple[str, str], ...]:
+    return (
+        (f"{total.flipped} of {total.prompts}", MOVED if total.flipped else SAME),
+        (f"{number(total.flipped_steps)} of {number(total.steps)}", ""),
+        (f"{number(total.moved_steps)} of {number(total.steps)}", MOVED if total.moved_steps else SAME),
+        (number(total.largest), ""),
+    )
+
+
+def _policy_cells(total: flips.PolicyTotal) -> tuple[tuple[str, str], ...]:
+    return (
+        (f"{total.flipped} of {total.prompts}", MOVED if total.flipped else SAME),
+        (f"{number(total.moved_steps)} of {number(total.steps)}", MOVED if total.moved_steps else SAME),
+    )
+
+
+def _shown(prompt: flips.PromptFlips, flip: flips.Flip) -> dict[str, Any]:
+    return {
+        "prompt": prompt.prompt,
+        "cause": flip.cause,
+        "setting": flip.setting,
+        "step": flip.step,
+        "margin": flip.margin,
+        "answer": prompt.answer,
+        "tables": [_candidates(flip.baseline), _candidates(flip.other)],
+    }
+
+
+def _candidates(found: Sequence[flips.Candidate]) -> list[tuple[str, str]]:
+    return [(one.text, f"{one.score:.6g}") for one in found]
