@@ -308,7 +308,7 @@ class _Products:
         run()  # what is compiled or loaded at the first call is no part of it
         synchronise(self.device.name)
         activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             result = run().clone()
             synchronise(self.device.name)
         names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]

@@ -183,6 +183,7 @@ def lines(
     x_span: tuple[float, float] | None = None,
     y_span: tuple[float, float] | None = None,
     x_ticks: Sequence[float] = (),
+    y_ticks: Sequence[float] = (),
     height: int = 280,
     width: int = WIDTH,
     describe: str = "",
@@ -190,13 +191,13 @@ def lines(
     """Return lines over linear or logarithmic axes, their points with their values as tips; a logarithm needs > 0.
 
     Many points go unmarked. ``x_span``, ``y_span``: the axes' ends where they are not to follow the data.
-    ``x_ticks``: those wanted.
+    ``x_ticks``, ``y_ticks``: those wanted.
     """
     drawn = [_positive(one, x_log, y_log) for one in series]
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points] + [y for one in drawn for pair in one.ranges for y in pair]
     x_axis = _Axis.over(xs, x_log, x_span, 6, x_ticks)
-    y_axis = _Axis.over(ys, y_log, y_span, 5)
+    y_axis = _Axis.over(ys, y_log, y_span, 5, y_ticks)
     left, bottom, start = 10 + _LETTER * max(len(y_form(y)) for y in y_axis.ticks), height - 42.0, 24.0
 
     def across(value: float) -> float:

@@ -259,6 +259,7 @@ def _by_batch(found: flips.DtypeFlips) -> Markup:
         for cause in ("batch size", "as they come")
         if (points := [(total.setting, total.flipped) for total in found.totals if total.cause == cause])
     ]
+    most = max(1, *(total.flipped for total in found.totals if total.cause in ("batch size", "as they come")))
     return charts.lines(
         f"Prompts that flip by batch size, of {len(found.prompts)}, {found.dtype}",
         series,
@@ -266,7 +267,8 @@ def _by_batch(found: flips.DtypeFlips) -> Markup:
         y_label="prompts that flip",
         x_log=True,
         x_ticks=sorted({setting for one in series for setting, _ in one.points}),
-        y_span=(0, max(1, *(flipped for one in series for _, flipped in one.points))),
+        y_span=(0, most),
+        y_ticks=range(0, most + 1, -(-most // 5)),
     )
 
 
