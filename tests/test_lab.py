@@ -22,9 +22,10 @@ from stablegen.lab.tables import counts_text, grouped
 
 def run(*arguments: str) -> int:
     """Run the command; return its exit code."""
-    with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["stablegen", *arguments])
-        cli.main()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
     assert isinstance(left.value.code, int)
     return left.value.code
 
@@ -148,6 +149,22 @@ def test_a_product_sums_up_what_a_kernel_set_leaves_apart() -> None:
 def test_bits_are_compared_and_not_numbers() -> None:
     assert not matmul.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert matmul.same_bits(torch.tensor([math.nan]), torch.tensor([math.nan]))
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("ampere_sgemm_32x32_sliced1x4_nn", "ampere_sgemm_32x32_sliced1x4_nn"),
+        ("void cutlass::Kernel2<cutlass_80_sgemm_128x32>(cutlass_80_sgemm_128x32::Params)", "cutlass_80_sgemm_128x32"),
+        (
+            "void splitKreduce_kernel<32, int, float>(cublasSplitKParams<float>, float const*)",
+            "splitKreduce_kernel",
+        ),
+        ("std::enable_if<!(false), void>::type gemvx::kernel<int, P<A<float>, B> >(P<int>)", "gemvx::kernel"),
+    ],
+)
+def test_a_kernel_is_called_by_its_own_name(name: str, short: str) -> None:
+    assert matmul.short_name(name) == short
 
 
 @pytest.mark.parametrize(
@@ -440,6 +457,8 @@ def test_neighbours_that_say_the_same_become_one_row() -> None:
     rows = [("a", 1, "x"), ("a", 2, "x"), ("a", 3, "y"), ("b", 4, "y"), ("a", 5, "y")]
     assert grouped(rows) == [("a", "1, 2", "x"), ("a", "3", "y"), ("b", "4", "y"), ("a", "5", "y")]
     assert counts_text([1, 2, 3, 4]) == "1 ... 4"
+    assert counts_text([2, 3, 4, 5, 9, 10], among=[1, 2, 3, 4, 5, 9, 10, 100]) == "2 ... 10"
+    assert counts_text([2, 3, 5, 9], among=[1, 2, 3, 4, 5, 9]) == "2, 3, 5, 9"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

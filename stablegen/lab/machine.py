@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import gc
 import platform
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from stablegen.device import Device, cpu_model
 from stablegen.frozen import Frozen
 from stablegen.numerics import version_of
+
+UNKNOWN_MEMORY = 4 * 2**30
+"""Bytes that are reckoned with where the system does not say what it has."""
 
 
 class Machine(Frozen):
@@ -86,3 +92,14 @@ def free_memory(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+
+
+def available_memory(device: str) -> int:
+    """Return the bytes that a device has to give; of a CPU where the system does not say, ``UNKNOWN_MEMORY``."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError):
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    return UNKNOWN_MEMORY

@@ -7,7 +7,7 @@ numbers multiplied are the same. Beside the vendor's libraries run stablegen's o
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from stablegen.engine.loading import kernels_for, torch_device
 from stablegen.errors import ParameterError
 from stablegen.frozen import Frozen
 from stablegen.kernels.base import KernelSet, Linear
-from stablegen.lab.machine import Machine, free_memory, machine_of, synchronise
+from stablegen.lab.machine import Machine, available_memory, free_memory, machine_of, synchronise
 from stablegen.lab.progress import ticker
 from stablegen.lab.tables import counts_text, grouped, say, sheet
 from stablegen.numerics import find_device
@@ -312,7 +312,7 @@ class _Products:
             result = run().clone()
             synchronise(self.device.name)
         names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
-        return result, tuple(dict.fromkeys(name for name in names if not _is_copy(name)))
+        return result, tuple(dict.fromkeys(short_name(name) for name in names if not _is_copy(name)))
 
     def _seconds(self, run: Callable[[], torch.Tensor]) -> float:
         synchronise(self.device.name)
@@ -323,8 +323,18 @@ class _Products:
 
 
 def _is_copy(name: str) -> bool:
-    """Return whether a kernel only moves or fills memory, as ours for comparing do."""
-    return name.startswith(("Memcpy", "Memset")) or "elementwise_kernel" in name
+    """Return whether a kernel only moves, fills or adds up memory, as ours around a product do."""
+    return name.startswith(("Memcpy", "Memset")) or "elementwise_kernel" in name or "CatArrayBatchedCopy" in name
+
+
+def short_name(name: str) -> str:
+    """Return a kernel's own name without the types it was compiled for."""
+    wrapped = re.search(r"\bKernel2?<(\w+)", name)  # CUTLASS puts the name where others put types
+    if wrapped is not None:
+        return wrapped[1]
+    while (plain := re.sub(r"<[^<>]*>", "", name)) != name:
+        name = plain
+    return name.partition("(")[0].split()[-1]
 
 
 def product(kernels: KernelSet, x: torch.Tensor, layer: Linear) -> torch.Tensor:
@@ -361,10 +371,7 @@ def _fitting(device: Device, shape: tuple[int, int, int], dtype: torch.dtype, wa
     """Return how many of the wanted matrices fit into half of the memory that is free."""
     m, n, k = shape
     each = (m * k + k * n + m * n) * dtype.itemsize
-    if device.is_cuda:
-        free = torch.cuda.mem_get_info(device.name)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_memory(device.name)
     return max(1, min(wanted, free // 2 // each))
 
 
@@ -502,6 +509,6 @@ def kernel_lines(report: MatmulReport) -> list[KernelLine]:
         mine = [one for one in report.companies if (one.kernels, one.precision, one.way) == (kernels, precision, way)]
         for together in dict.fromkeys(one.together for one in mine if one.together):
             those = [one for one in mine if one.together == together]
-            counts = counts_text([one.count for one in those])
+            counts = counts_text([one.count for one in those], [one.count for one in mine])
             lines.append(KernelLine(kernels, precision, way, counts, those[0].alone, together))
     return lines

@@ -42,6 +42,13 @@ def grouped(
     return [(title, counts_text(counts), cells) for title, counts, cells in found]
 
 
-def counts_text(counts: Sequence[int]) -> str:
-    """Return counts as a list, and from first to last where there are many."""
-    return ", ".join(map(str, counts)) if len(counts) < 4 else f"{counts[0]} ... {counts[-1]}"
+def counts_text(counts: Sequence[int], among: Sequence[int] = ()) -> str:
+    """Return counts as a list, those that follow each other ``among`` all counts as ranges where they are many."""
+    known = list(among or counts)
+    runs: list[list[int]] = []
+    for count in counts:
+        if runs and known.index(count) == known.index(runs[-1][-1]) + 1:
+            runs[-1].append(count)
+        else:
+            runs.append([count])
+    return ", ".join(", ".join(map(str, run)) if len(run) < 4 else f"{run[0]} ... {run[-1]}" for run in runs)

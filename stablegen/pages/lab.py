@@ -238,6 +238,7 @@ def _flips(report: flips.FlipsReport) -> dict[str, Any]:
                 "rows": rows,
                 "policies": policies,
                 "notes": one.notes,
+                "steps": _steps(one),
                 "flips": [_shown(prompt, flip) for prompt in one.prompts for flip in prompt.shown],
             }
         )
@@ -250,6 +251,21 @@ def _flips(report: flips.FlipsReport) -> dict[str, Any]:
         "dtypes": found,
         "skipped": report.skipped,
     }
+
+
+def _steps(found: flips.DtypeFlips) -> list[dict[str, str]]:
+    """Return, of prompts that flip by rounding, in what company and at which steps."""
+    return [
+        {
+            "prompt": prompt.prompt,
+            "company": f"{trial.cause} {trial.setting}",
+            "steps": ", ".join(map(str, trial.flips)),
+            "of": str(prompt.steps),
+        }
+        for prompt in found.prompts
+        for trial in prompt.trials
+        if trial.flips and trial.cause != "missing mask"
+    ]
 
 
 def _by_batch(found: flips.DtypeFlips) -> Markup:
