@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,9 @@ def write(report: LabReport, file: Path) -> None:
     write_page(
         "lab.html.j2",
         file,
-        machine=machine.summary(),
         title=f"Batch variance on {machine.device_model}",
-        device=machine.device_model,
-        created=report.created,
+        measured=f"{datetime.fromtimestamp(report.created, UTC):%Y-%m-%d %H:%M} UTC",
+        on=machine.summary(),
         seconds=sum(part.seconds for part in parts),
         tiles=_tiles(report),
         associativity=None if report.associativity is None else _associativity(report.associativity),
