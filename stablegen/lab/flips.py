@@ -29,7 +29,7 @@ from stablegen.frozen import Frozen
 from stablegen.lab.machine import Machine, free_memory, machine_of
 from stablegen.lab.planned import Planned
 from stablegen.lab.progress import ticker
-from stablegen.lab.tables import say, sheet
+from stablegen.lab.tables import grouped, say, sheet
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
 from stablegen.params import GenerationParams
 from stablegen.policy import Batch, load_policy
@@ -53,7 +53,7 @@ CAUSES: dict[Cause, str] = {
 BASELINE = 2
 BATCHES = (1, 2, 3, 4, 7, 8, 16, 32)
 PADS = (1, 16, 64)
-TOKENS = 16
+TOKENS = 8
 CPU_BESIDE = 4
 """Tokens that other rows give on a CPU under a policy: its invariant kernels take one row after the other."""
 COUNT = {"cuda": None, "cpu": 24}
@@ -543,46 +543,53 @@ def _mine(planned: Planned, requests: Sequence[Request]) -> Trace:
 
 
 def render(report: FlipsReport, console: Console) -> None:
-    """Print a report as tables, and the first flips of each dtype."""
+    """Print a report as tables, and of each dtype the flips of widest margin."""
+    from rich.text import Text
+
     say(console, f"flips: {report.model}, greedy, {report.tokens} tokens at most, on {report.machine.summary()}")
     for found in report.dtypes:
         say(console, f"{found.dtype}: {len(found.prompts)} prompts under native, against {report.baseline} rows")
         table = sheet(
             "cause", "rows or padding", "prompts that flip", "steps that flip", "score rows moved", "by at most"
         )
-        for total in found.totals:
-            table.add_row(
-                total.cause,
-                str(total.setting),
-                f"{total.flipped} of {total.prompts}",
-                f"{total.flipped_steps} of {total.steps}",
-                f"{total.moved_steps} of {total.steps}",
-                f"{total.largest:.3g}",
-            )
+        for cause, settings, cells in grouped((t.cause, t.setting, _total_cells(t)) for t in found.totals):
+            table.add_row(cause, settings, *cells)
         console.print(table)
         table = sheet("policy", "rows", "prompts that flip", "score rows moved")
-        for mine in found.policies:
-            moved = f"{mine.moved_steps} of {mine.steps}"
-            table.add_row(mine.policy, str(mine.batch), f"{mine.flipped} of {mine.prompts}", moved)
+        for policy, batches, told in grouped((t.policy, t.batch, _policy_cells(t)) for t in found.policies):
+            table.add_row(policy, batches, *told)
         if found.policies:
             console.print(table)
         for note in found.notes:
             say(console, note)
         for prompt, flip in first_flips(found):
-            best = " | ".join(
-                f"{mine.text!r} {mine.score:.6g}  {theirs.text!r} {theirs.score:.6g}"
-                for mine, theirs in list(zip(flip.baseline, flip.other, strict=True))[:2]
-            )
-            say(
-                console,
-                f"  {prompt!r:.50} {flip.cause} {flip.setting}, step {flip.step}, margin {flip.margin:.3g}: {best}",
-            )
+            company = f"{flip.cause} {flip.setting}"
+            say(console, f"  {prompt!r:.60} {company}, step {flip.step}, margin {flip.margin:.3g}")
+            table = sheet("  baseline", "score", company, "score")
+            for mine, theirs in zip(flip.baseline, flip.other, strict=True):
+                texts = (f"  {mine.text!r}", repr(theirs.text))
+                scores = (f"{mine.score:.6g}", f"{theirs.score:.6g}")
+                table.add_row(Text(texts[0]), scores[0], Text(texts[1]), scores[1])
+            console.print(table)
     for line in report.skipped:
         say(console, f"left out: {line}")
     say(console, report.meaning)
 
 
-def first_flips(found: DtypeFlips, most: int = 8) -> list[tuple[str, Flip]]:
-    """Return flips by rounding, by narrowest margin: of each prompt the first, ``most`` of them."""
-    flips = [(one.prompt, flip) for one in found.prompts for flip in one.shown if flip.cause != "missing mask"]
-    return sorted(flips, key=lambda pair: pair[1].margin)[:most]
+def _total_cells(total: Total) -> tuple[str, ...]:
+    return (
+        f"{total.flipped} of {total.prompts}",
+        f"{total.flipped_steps} of {total.steps}",
+        f"{total.moved_steps} of {total.steps}",
+        f"{total.largest:.3g}",
+    )
+
+
+def _policy_cells(total: PolicyTotal) -> tuple[str, ...]:
+    return f"{total.flipped} of {total.prompts}", f"{total.moved_steps} of {total.steps}"
+
+
+def first_flips(found: DtypeFlips, most: int = 2) -> list[tuple[str, Flip]]:
+    """Return ``most`` prompts that flip by rounding, those of the widest margins, each with its first flip."""
+    flips = [(one.prompt, flip) for one in found.prompts for flip in one.shown[:1] if flip.cause != "missing mask"]
+    return sorted(flips, key=lambda pair: -pair[1].margin)[:most]

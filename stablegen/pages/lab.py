@@ -193,7 +193,8 @@ def _layers(report: layers.LayersReport) -> dict[str, Any]:
                 y_log=True,
             )
             worst = max((run.worst for run in moved if run.worst), key=lambda one: one.max_abs)
-            figures.append({"heading": f"{dtype}, {stage}", "note": f"worst: {worst.layer}", "chart": chart})
+            only = f"; {series[0].name}" if len(series) == 1 else ""  # one line has no legend
+            figures.append({"heading": f"{dtype}, {stage}", "note": f"worst: {worst.layer}{only}", "chart": chart})
     rows = []
     for titles, counts, cells in grouped(
         ((f"{run.kernels} {run.dtype}", run.stage), run.batch, _layer_cells(run)) for run in report.ordered
