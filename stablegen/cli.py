@@ -577,6 +577,38 @@ def audit(
 
 
 @app.command()
+def report(
+    model: Model = None,
+    revision: Revision = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look the whole cache over: verdicts, margins, the most fragile answers, and what each policy would do."""
+    from stablegen.overview import render, survey
+
+    if html is not None:
+        from stablegen.pages.render import check_page
+
+        check_page(html)
+    made = _client(model, policy, dtype, device, app_name, cache_dir, revision=revision)
+    with made as client, _progress("answers") as progress:
+        found = survey(client, progress=progress)
+    if html is not None:
+        from stablegen.pages.cache import write_cache
+
+        write_cache(found, html)
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        render(found, _console())
+
+
+@app.command()
 def doctor(
     model: Model = None,
     revision: Revision = None,
