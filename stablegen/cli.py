@@ -49,8 +49,10 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at the cache, explain a miss, empty it, export it.", no_args_is_help=True)
 config_app = typer.Typer(help="Show the settings in force.", no_args_is_help=True)
+lab_app = typer.Typer(help="See batch variance on this machine: four experiments.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
+app.add_typer(lab_app, name="lab")
 
 INTERRUPTED = 130
 USAGE_ERRORS = (ConfigError, PolicyError, ParameterError, UnsupportedParameterError, DeviceError)
@@ -565,13 +567,15 @@ def audit(
             report = run(client, sample=sample, seed=seed, progress=progress)
             if write is not None:
                 write(report.model_dump_json(indent=1))
-        if as_json:
-            print(report.model_dump_json())
-        else:
-            render(report, _console())
-        if plot is not None:
-            draw_reliability(report, plot)
-        keep(report, client)
+        try:
+            keep(report, client)
+        finally:  # a full disk, or a pipe that closes, costs one of the two and not both
+            if as_json:
+                print(report.model_dump_json())
+            else:
+                render(report, _console())
+            if plot is not None:
+                draw_reliability(report, plot)
     if report.broken:
         raise typer.Exit(1)
 
@@ -692,11 +696,7 @@ def bench(
     """
     from stablegen.lab.plot import check_plot, draw
 
-    sizes = []
-    for size in _listed(batch):
-        if not size.isdecimal():
-            raise typer.BadParameter(f"--batch {size!r} is not a whole number")
-        sizes.append(int(size))
+    sizes = _whole("--batch", batch)
     if plot is not None:
         check_plot(plot)
     from stablegen.lab.bench import Options, measure, render
@@ -731,6 +731,220 @@ def bench(
         draw(report, plot)
     if report.cells and all(cell.problem is not None for cell in report.cells):
         raise typer.Exit(1)
+
+
+# -- lab -----------------------------------------------------------------------------------------------------------
+
+
+DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtypes = Annotated[
+    list[str] | None, typer.Option("--dtype", help="float32, float16 or bfloat16; repeat it, or separate by commas.")
+]
+NumberSeed = Annotated[int, typer.Option(help="Draws the numbers.")]
+PromptFile = Annotated[Path | None, typer.Option(help="File of prompts, JSON lines or text lines; its own if none.")]
+PromptCount = Annotated[
+    int | None, typer.Option("--count", help="Prompts from the beginning; of its own all 103 on a GPU, 24 on a CPU.")
+]
+FlipTokens = Annotated[int, typer.Option("--tokens", help="Tokens of an answer at most.")]
+
+
+@lab_app.command()
+def associativity(
+    count: Annotated[int, typer.Option(help="Random numbers of the sum, a power of two.")] = 4096,
+    seed: NumberSeed = 0,
+    device: DeviceName = "auto",
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add up the same numbers in several orders, and see several results."""
+    with _experiment("associativity", html, as_json=as_json) as (progress, show):
+        from stablegen.lab.associativity import measure
+
+        show(measure(device=device, count=count, seed=seed, progress=progress("dtypes")))
+
+
+@lab_app.command()
+def matmul(
+    shape: Annotated[str, typer.Option(help="MxNxK of the product.")] = "512x512x512",
+    batch: Annotated[list[str] | None, typer.Option(help="Matrices; 1-10, 100, 1000 if none.")] = None,
+    rows: Annotated[list[str] | None, typer.Option(help="Rows beside row 0; 1 to 512 if none.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="float32, tf32, float16, bfloat16; all if none.")] = None,
+    search: Annotated[bool, typer.Option(help="Look for shapes whose product moves.")] = True,
+    seed: NumberSeed = 0,
+    device: DeviceName = "auto",
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Multiply two matrices alone and in company, by the vendor's libraries and by stablegen's kernels."""
+    given: dict[str, Any] = {"batches": _whole("--batch", batch), "rows": _whole("--rows", rows)}
+    given |= {"precisions": _listed(precision), "shape": _whole("--shape", shape.split("x"))}
+    with _experiment("matmul", html, as_json=as_json) as (progress, show):
+        from stablegen.lab.matmul import measure
+
+        chosen = {name: value for name, value in given.items() if value}
+        show(measure(**chosen, search=search, device=device, seed=seed, progress=progress("products")))
+
+
+@lab_app.command()
+def layers(
+    model: Model = None,
+    revision: Revision = None,
+    random_weights: Annotated[bool, typer.Option("--random", help="GPT-2 small's shape, random weights.")] = False,
+    dtype: Dtypes = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; 2 to 64 if none.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the sequence.")] = 32,
+    seed: NumberSeed = 0,
+    device: DeviceName = "auto",
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare each layer of a transformer for one sequence, alone and in larger and larger batches."""
+    given = {"batches": sizes} if (sizes := _whole("--batch", batch)) else {}
+    with _experiment("layers", html, as_json=as_json) as (progress, show):
+        from stablegen.lab.layers import measure
+
+        show(
+            measure(
+                model=model,
+                revision=revision,
+                random_weights=random_weights,
+                dtypes=_listed(dtype),
+                length=length,
+                device=device,
+                seed=seed,
+                progress=progress("batches"),
+                **given,
+            )
+        )
+
+
+@lab_app.command()
+def flips(
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Dtypes = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; 1 to 32 if none.")] = None,
+    baseline: Annotated[int, typer.Option(help="The batch size that others are compared with.")] = 2,
+    padding: Annotated[list[str] | None, typer.Option(help="Tokens of padding; 1, 16, 64 if none.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="single, padded:8 and invariant if none.")] = None,
+    tokens: FlipTokens = 8,
+    prompts: PromptFile = None,
+    count: PromptCount = None,
+    device: DeviceName = "auto",
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts in many companies: which answers flip, by what cause, and that none does under the policies."""
+    given: dict[str, Any] = {"batches": _whole("--batch", batch), "pads": _whole("--padding", padding)}
+    chosen = {name: value for name, value in given.items() if value}
+    if policy is not None:
+        chosen["policies"] = _listed(policy)
+    with _experiment("flips", html, as_json=as_json) as (progress, show):
+        from stablegen.lab.flips import measure
+
+        show(
+            measure(
+                model=model,
+                revision=revision,
+                dtypes=_listed(dtype),
+                baseline=baseline,
+                tokens=tokens,
+                prompts=None if prompts is None else [_text(line) for line in _input(None, prompts)],
+                count=count,
+                device=device,
+                progress=progress("prompts"),
+                **chosen,
+            )
+        )
+
+
+@lab_app.command(name="all")
+def all_experiments(
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Dtypes = None,
+    tokens: FlipTokens = 8,
+    prompts: PromptFile = None,
+    count: PromptCount = None,
+    seed: NumberSeed = 0,
+    device: DeviceName = "auto",
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run all four experiments, and make one report of them."""
+    with _experiment(None, html, as_json=as_json) as (progress, show):
+        from stablegen.lab.report import measure
+
+        show(
+            measure(
+                model=model,
+                revision=revision,
+                dtypes=_listed(dtype),
+                tokens=tokens,
+                prompts=None if prompts is None else [_text(line) for line in _input(None, prompts)],
+                count=count,
+                device=device,
+                seed=seed,
+                progress=progress,
+            )
+        )
+
+
+@lab_app.command()
+def join(
+    files: Annotated[list[Path], typer.Argument(help="Files of what --json printed.")],
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one report of experiments that were run apart; of `flips`, dtypes that were."""
+    from stablegen.lab.report import join as joined
+    from stablegen.lab.report import read_report
+
+    _show_lab(joined([read_report(file) for file in files]), html, as_json=as_json)
+
+
+@contextmanager
+def _experiment(
+    name: str | None, html: Path | None, *, as_json: bool
+) -> Iterator[tuple[Callable[[str], Callable[[int, int], None] | None], Callable[[Any], None]]]:
+    """Yield who hears how far an experiment is, and what shows its report: of ``name``, or of all."""
+    from stablegen.lab.report import report_of
+    from stablegen.pages.render import check_page
+
+    if html is not None:
+        check_page(html)
+    found: list[Any] = []
+    with contextlib.ExitStack() as bars:
+
+        def progress(what: str) -> Callable[[int, int], None] | None:
+            bars.close()  # the one before is done
+            return bars.enter_context(_progress(what))
+
+        yield progress, found.append
+    _show_lab(found[0] if name is None else report_of(**{name: found[0]}), html, as_json=as_json)
+
+
+def _show_lab(report: LabReport, html: Path | None, *, as_json: bool) -> None:
+    from stablegen.lab.report import render
+
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        render(report, _console())
+    if html is not None:
+        from stablegen.pages.lab import write
+
+        write(report, html)
+
+
+def _whole(option: str, given: list[str] | None) -> list[int]:
+    """Return the whole numbers of an option, given one by one or with commas."""
+    found = []
+    for part in _listed(given):
+        if not part.isdecimal():
+            raise typer.BadParameter(f"{option} {part!r} is not a whole number")
+        found.append(int(part))
+    return found
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
