@@ -28,6 +28,7 @@ from stablegen.lab.arms import ARMS, Arm, Prompts
 from stablegen.lab.machine import Machine, free_memory, machine_of, synchronise
 from stablegen.lab.progress import ticker
 from stablegen.lab.subject import RANDOM, Subject, load_subject, random_context
+from stablegen.lab.tables import sheet
 from stablegen.numerics import find_device
 
 if TYPE_CHECKING:
@@ -636,19 +637,19 @@ def render(report: Report, console: Console) -> None:
         )
         cells = {(c.arm, c.batch): c for c in report.decode if c.dtype == floor.dtype}
         arms = [arm for arm in plan.arms if arm not in report.unavailable]
-        sheet = _sheet("", *(f"batch {batch}" for batch in plan.batches))
+        made = sheet("", *(f"batch {batch}" for batch in plan.batches), no_wrap=True)
         for arm in arms:
             texts = (_cell_text(cells.get((arm, batch)), problems) for batch in plan.batches)
-            sheet.add_row(ARMS[arm].label, *map(Text, texts))
-        sheet.add_row("floor", *[_milliseconds(floor.seconds)] * len(plan.batches))
+            made.add_row(ARMS[arm].label, *map(Text, texts))
+        made.add_row("floor", *[_milliseconds(floor.seconds)] * len(plan.batches))
         for arm, title, ratio in (
             ("invariant", "invariant / floor", lambda cell: cell.over_floor),
             ("invariant", "invariant / vendor", lambda cell: _inverse(cell.faster_than_vendor)),
         ):
             ratios = [ratio(cells[arm, batch]) if (arm, batch) in cells else None for batch in plan.batches]
             if any(value is not None for value in ratios):
-                sheet.add_row(title, *("" if value is None else f"{value:.2f} x" for value in ratios))
-        console.print(sheet)
+                made.add_row(title, *("" if value is None else f"{value:.2f} x" for value in ratios))
+        console.print(made)
         say(f"the floor: {floor.weight_bytes / 1e6:,.1f} MB of weights, read once at the copies' speed")
         _render_memory(console, arms, cells, plan.batches)
         for title, workload in (
@@ -659,25 +660,15 @@ def render(report: Report, console: Console) -> None:
             if not found:
                 continue
             say(f"\n{floor.dtype}, {title}")
-            sheet = _sheet("", "seconds", "range", "tokens/s", "x eager", "x vendor")
+            made = sheet("", "seconds", "range", "tokens/s", "x eager", "x vendor", no_wrap=True)
             for cell in found:
-                sheet.add_row(ARMS[cell.arm].label, *map(Text, _call_texts(cell, problems)))
-            console.print(sheet)
+                made.add_row(ARMS[cell.arm].label, *map(Text, _call_texts(cell, problems)))
+            console.print(made)
     for number, problem in enumerate(problems, start=1):
         say(f"[{number}] {problem}")
     for arm, reason in report.unavailable.items():
         say(f"not measured: {ARMS[arm].label}: {reason}")
     say(f"measured in {report.seconds:.0f} s")
-
-
-def _sheet(*columns: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left", no_wrap=True)
-    return made
 
 
 def _prefill_title(plan: Plan) -> str:
@@ -689,15 +680,15 @@ def _render_memory(
 ) -> None:
     if not any(cell.peak_memory for cell in cells.values()):
         return
-    sheet = _sheet("peak GPU memory, MiB", *(f"batch {batch}" for batch in batches))
+    made = sheet("peak GPU memory, MiB", *(f"batch {batch}" for batch in batches), no_wrap=True)
     for arm in arms:
         found = [cells.get((arm, batch)) for batch in batches]
-        sheet.add_row(ARMS[arm].label, *(_mebibytes(cell.peak_memory if cell else None) for cell in found))
+        made.add_row(ARMS[arm].label, *(_mebibytes(cell.peak_memory if cell else None) for cell in found))
         for kind in ("weights", "kv_cache"):
             sizes = [(cell.memory or {}).get(kind) if cell else None for cell in found]
             if any(sizes):
-                sheet.add_row(f"  of it {kind.replace('_', ' ')}", *map(_mebibytes, sizes))
-    console.print(sheet)
+                made.add_row(f"  of it {kind.replace('_', ' ')}", *map(_mebibytes, sizes))
+    console.print(made)
 
 
 def _cell_text(cell: Cell | None, problems: list[str]) -> str:

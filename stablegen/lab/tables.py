@@ -18,14 +18,14 @@ def say(console: Console, text: str = "") -> None:
     console.print(text, markup=False, highlight=False)
 
 
-def sheet(*columns: str) -> Table:
+def sheet(*columns: str, no_wrap: bool = False) -> Table:
     """Return an empty table, its first column to the left and the others to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left")
+        made.add_column(column, justify="right" if index else "left", no_wrap=no_wrap)
     return made
 
 

@@ -1,0 +1,195 @@
+"""The guard: calibrate, audit, report, doctor."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stablegen.cli.options import App, AsJson, CacheDir, Device, Dtype, Model, PageFile, Policy, Revision
+from stablegen.cli.shared import make_client, new_console, opened_output, progress_bar, read_input, text_of
+
+app = typer.Typer()
+
+
+@app.command()
+def calibrate(
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="POLICY/DTYPE whose answers are scored again, native in the dtype of --to if none; or 'cache': "
+            "the answers that it holds, of whatever numerics.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", help="POLICY/DTYPE that scores them; what the settings say if none.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts, JSON lines or text lines; a built-in set if none.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far margins move between two numerics, for the guard to judge hits by."""
+    import tempfile
+
+    from stablegen.prompts import SAMPLE
+
+    asked = list(SAMPLE) if prompts is None else [text_of(line) for line in read_input(None, prompts)]
+    policy, dtype = _pair("--to", target, None, dtype)
+    with contextlib.ExitStack() as stack:
+        scoring = make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision)
+        stack.enter_context(scoring)
+        with progress_bar("answers") as progress:
+            if source == "cache":
+                mine = [record for record in scoring.store.records() if scoring.answers_for(record)]
+                found = scoring.calibrate(mine, progress=progress)
+            else:
+                policy, dtype = _pair("--from", source, "native", scoring.numerics.dtype)
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stablegen-")))
+                answering = make_client(model, policy, dtype, device, app_name, folder, revision=revision)
+                stack.enter_context(answering)
+                found = scoring.calibrate_from(answering, asked, max_new_tokens=max_new_tokens, progress=progress)
+    for one in found:
+        if as_json:
+            print(one.model_dump_json())
+            continue
+        print(f"{one.model.name}: {one.recorded.summary()} -> {one.current.summary()}")
+        print(f"    {one.basis}: {one.flips} steps flipped, {one.tie_flips} of {one.ties} ties")
+        for share in (0.5, 0.99):
+            print(f"    {share:.0%} of margins moved by at most {one.quantile(share):.3g} at a score of 16")
+        print(f"    beyond {one.tail_from * 2 ** (4 * one.power):.3g} extrapolated, tail shape {one.tail_shape:.2f}")
+
+
+def _pair(option: str, given: str | None, policy: str | None, dtype: str | None) -> tuple[str | None, str | None]:
+    """Return the policy and the dtype of POLICY/DTYPE; of either alone the other stays as it is."""
+    if given is None:
+        return policy, dtype
+    parts = given.split("/")
+    if len(parts) > 2 or not parts[0]:
+        raise typer.BadParameter(f"{option} {given!r} is not POLICY/DTYPE, such as native/bfloat16")
+    return parts[0], parts[1] if len(parts) == 2 else dtype
+
+
+@app.command()
+def audit(
+    model: Model = None,
+    revision: Revision = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    sample: Annotated[int | None, typer.Option(help="Cached answers to audit, chosen at random; all if none.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the sample.")] = 0,
+    cache_dir: CacheDir = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw predicted against observed into this .png, .svg or .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate cached answers anew from scratch, and hold the guard's verdicts against what comes of it.
+
+    Ends with 1 where an answer called exact was not. No record is changed; what was found is kept for `report`.
+    """
+    from stablegen.audit import audit as run
+    from stablegen.audit import keep, render
+    from stablegen.lab.plot import check_plot, draw_reliability
+
+    if sample is not None and sample < 1:
+        raise typer.BadParameter(f"--sample {sample} is not a positive number")
+    if plot is not None:
+        check_plot(plot)
+    with make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
+        with (
+            contextlib.nullcontext() if out is None else opened_output(out) as write,
+            progress_bar("answers") as progress,
+        ):
+            report = run(client, sample=sample, seed=seed, progress=progress)
+            if write is not None:
+                write(report.model_dump_json(indent=1))
+        try:
+            keep(report, client)
+        finally:  # a full disk, or a pipe that closes, costs one of the two and not both
+            if as_json:
+                print(report.model_dump_json())
+            else:
+                render(report, new_console())
+            if plot is not None:
+                draw_reliability(report, plot)
+    if report.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    model: Model = None,
+    revision: Revision = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+    html: PageFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look the whole cache over: verdicts, margins, the most fragile answers, and what each policy would do."""
+    from stablegen.overview import render, survey
+
+    if html is not None:
+        from stablegen.pages.render import check_page
+
+        check_page(html)
+    made = make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision)
+    with made as client, progress_bar("answers") as progress:
+        found = survey(client, progress=progress)
+    if html is not None:
+        from stablegen.pages.cache import write_cache
+
+        write_cache(found, html)
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        render(found, new_console())
+
+
+@app.command()
+def doctor(
+    model: Model = None,
+    revision: Revision = None,
+    policy: Policy = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    app_name: App = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Load the model, measure whether the policy keeps its promise here, and show every check kept so far."""
+    import stablegen
+
+    with make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
+        print(f"stablegen {stablegen.__version__}, cache {client.store.path}")
+        for name, value in client.numerics.model_dump(exclude_none=True).items():
+            print(f"{name:>24}  {value}")
+        now = client.self_check()
+        for check in client.store.checks():
+            shape = "" if check.width is None else f", width {check.width}"
+            shape += "" if check.capacity is None else f", capacity {check.capacity}"
+            print(f"{'kept' if check.passed else 'BROKEN'}: {check.numerics.summary()}{shape}")
+            for name, result in check.checks.items():
+                print(f"    {name}: {result}")
+            if check.passed and check.width is not None and not check.slot_free:
+                print("    so each request stands in slot 0 of a batch of its own")
+        if not client.policy.promises:
+            print(f"policy {client.policy} promises nothing; hits under it are judged by their margins")
+        elif not now.passed:
+            print(f"policy {client.policy} does not keep its promise here: no hit under it is judged exact")
+            raise typer.Exit(1)
