@@ -13,7 +13,7 @@ from math import ceil, floor, isfinite, log10
 
 from markupsafe import Markup
 
-from stablegen.pages.render import number, raised
+from stablegen.pages.render import number, one_line, raised
 
 WIDTH = 380
 """Usual width of a chart in its own units, of which its text is 12.5 high: legible on a telephone too."""
@@ -74,7 +74,7 @@ def bars(
     for place, (category, row) in enumerate(zip(categories, rows, strict=True)):
         alone = stacked or len(names) == 1
         whole = form(sum(row)) if alone else ""
-        label = _clipped(category, width - 16 - _LETTER * len(whole))
+        label = _clipped(one_line(category), width - 16 - _LETTER * len(whole))
         tip = _tip(category) if label != category else ""
         parts.append(Markup('<text class="strong" x="0" y="{}">{}{}</text>').format(_at(y + 12), label, tip))
         if whole:
@@ -370,11 +370,11 @@ def _at(value: float) -> str:
 
 
 def _tip(words: str) -> Markup:
-    return Markup("<title>{}</title>").format(words)
+    return Markup("<title>{}</title>").format(one_line(words))
 
 
 def _text(words: str, x: float, y: float, kind: str = "") -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, _at(x), _at(y), words)
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, _at(x), _at(y), one_line(words))
 
 
 def _rule(kind: str, x: float, y: float, to_x: float, to_y: float) -> Markup:
@@ -430,7 +430,7 @@ def _legend(keys: Sequence[tuple[str, str, str]]) -> Markup:
             )
         items.append(
             Markup('<li><svg class="chart-key {}" viewBox="0 0 24 13" aria-hidden="true">{}</svg>{}</li>').format(
-                colour, sample, name
+                colour, sample, one_line(name)
             )
         )
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
@@ -441,4 +441,4 @@ def _chart(title: str, describe: str, width: float, height: float, parts: Sequen
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" style="max-width: {}rem" role="img" aria-label="{}">'
         "<title>{}</title><desc>{}</desc>{}</svg>"
-    ).format(width, _at(height), _at(width * 1.25 / 16), title, title, describe, inside)
+    ).format(width, _at(height), _at(width * 1.25 / 16), *map(one_line, (title, title, describe)), inside)

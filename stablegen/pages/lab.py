@@ -64,13 +64,13 @@ def _tiles(report: LabReport) -> list[dict[str, str]]:
         moved = [one for one in report.matmul.companies if one.kernels == "vendor" and one.equal is False]
         worst = max((one.max_abs or 0.0 for one in moved if one.precision == "float32"), default=0.0)
         shape = f"{report.matmul.m} x {report.matmul.n} x {report.matmul.k}"
-        found.append(("One product, in company", number(worst), f"float32, largest difference at {shape}"))
+        found.append(("One product, in company", number(worst, 2), f"float32, largest difference at {shape}"))
     if report.layers is not None:
         worst_runs = [run for run in report.layers.runs if run.kernels == "vendor" and run.worst is not None]
         worst_run = max(worst_runs, key=lambda run: run.worst.max_abs if run.worst else 0.0, default=None)
         if worst_run is not None and worst_run.worst is not None:
             note = f"at layer {worst_run.worst.layer}, {worst_run.dtype}, batch {worst_run.batch}"
-            found.append(("Worst layer", number(worst_run.worst.max_abs), note))
+            found.append(("Worst layer", number(worst_run.worst.max_abs, 2), note))
         else:
             found.append(("Worst layer", "0", "no layer moved here"))
     if report.flips is not None:
@@ -269,14 +269,16 @@ def _steps(found: flips.DtypeFlips) -> list[dict[str, str]]:
     ]
 
 
-def _by_batch(found: flips.DtypeFlips) -> Markup:
-    """Return a chart of the prompts that flip over the rows of the batch."""
+def _by_batch(found: flips.DtypeFlips) -> Markup | None:
+    """Return a chart of the prompts that flip over the rows of the batch; None where they were not changed."""
     series = [
         Series(cause, points)
         for cause in ("batch size", "as they come")
         if (points := [(total.setting, total.flipped) for total in found.totals if total.cause == cause])
     ]
-    most = max(1, *(total.flipped for total in found.totals if total.cause in ("batch size", "as they come")))
+    if not series:
+        return None
+    most = int(max(1, *(flipped for one in series for _, flipped in one.points)))
     return charts.lines(
         f"Prompts that flip by batch size, of {len(found.prompts)}, {found.dtype}",
         series,
@@ -289,15 +291,17 @@ def _by_batch(found: flips.DtypeFlips) -> Markup:
     )
 
 
-def _by_padding(found: flips.DtypeFlips) -> Markup:
-    """Return a chart of the prompts that flip by tokens of padding, with its mask and without."""
+def _by_padding(found: flips.DtypeFlips) -> Markup | None:
+    """Return a chart of the prompts that flip by tokens of padding, with its mask and without; None for no padding."""
     totals = {(total.cause, total.setting): total.flipped for total in found.totals}
     pads = sorted({setting for cause, setting in totals if cause == "padding"})
     causes: tuple[flips.Cause, ...] = ("padding", "missing mask")
+    if not pads:
+        return None
     return charts.bars(
         f"Prompts that flip by padding, of {len(found.prompts)}, {found.dtype}",
         [f"{pad} token{'s' if pad > 1 else ''} of padding" for pad in pads],
-        {cause: [totals[cause, pad] for pad in pads] for cause in causes},
+        {cause: [totals.get((cause, pad), 0) for pad in pads] for cause in causes},
         colours=("c3", "c5"),
     )
 

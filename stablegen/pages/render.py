@@ -22,8 +22,6 @@ from stablegen.errors import ParameterError
 from stablegen.numerics import version_of
 
 SUFFIXES = (".html", ".htm")
-_UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
-"""What could end a script element, or a line in it, as JSON escapes."""
 _INVISIBLE = {
     **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))},
     **{code: f"\\u{code:04x}" for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))},
@@ -32,6 +30,9 @@ _INVISIBLE = {
     ord("\t"): "⇥",
 }
 """Control characters and those that turn the direction of what follows, as they are shown on one line."""
+_LINES = {**_INVISIBLE, ord("\n"): "\n", ord("\t"): "\t"}
+_UNSAFE = {code: f"\\u{code:04x}" for code in (*map(ord, "<>&\u2028\u2029"), *_INVISIBLE)}
+"""What could end a script element or a line in it, or turn its text around, as JSON escapes."""
 
 
 def check_page(file: Path) -> None:
@@ -79,7 +80,7 @@ def one_line(text: str) -> str:
 
 def many_lines(text: str) -> str:
     """Return text with its line breaks, and what else is not to be seen made visible."""
-    return text.translate({**_INVISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
+    return text.translate(_LINES)
 
 
 def arrows(text: str) -> str:
@@ -165,6 +166,7 @@ def _environment() -> Environment:
         loader=PackageLoader("stablegen", "pages"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: many_lines(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
