@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from chromium import browser as started
 from chromium import made_up, program
-from support import client, near_tie, record, request, trace, with_token
+from support import client, near_tie, record, request, trace, untraced, with_token
 
 from stablegen.inspection import inspect
 from stablegen.lab import associativity, flips
 from stablegen.lab.report import report_of
-from stablegen.overview import survey
+from stablegen.overview import CacheReport, survey
 from stablegen.pages.answer import write_answer
 from stablegen.pages.cache import write_cache
 from stablegen.pages.lab import write as write_lab
@@ -28,6 +28,7 @@ EVIL = (
     "{{ 7 * 7 }} {% raw %} \u202edlrow\u202c &amp; \u2028 end"
 )
 COUNT = 2_000
+MANY = 10_000
 Open = Callable[..., "Page"]
 
 
@@ -66,16 +67,20 @@ def open_page(chromium: Browser) -> Iterator[Open]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write one page of each kind, with text in each that must stay text."""
     folder = tmp_path_factory.mktemp("pages")
-    files = {name: folder / f"{name}.html" for name in ("cache", "small", "empty")}
+    files = {name: folder / f"{name}.html" for name in ("cache", "large", "small", "empty", "untraced")}
     evil = record(
         request((1, 2), prompt=EVIL, new=4), traced=trace([9.0, 0.0, 9.0, 9.0], score=8.0), text=EVIL, app=EVIL
     )
     with client(folder / "large") as mine:
         mine.store.put(made_up(COUNT))
-        write_cache(survey(mine), files["cache"])
+        report = survey(mine)
+        write_cache(report, files["cache"])
+    answers = [report.answers[place % COUNT].model_copy(update={"key": f"{place:064x}"}) for place in range(MANY)]
+    write_cache(CacheReport.model_validate({**dict(report), "records": MANY, "answers": answers}), files["large"])
     with client(folder / "few") as mine:
         mine.store.put([*made_up(5), evil])
         write_cache(survey(mine), files["small"])
+        write_answer(inspect(mine, untraced(asked=request((1, 2), prompt=EVIL), text=EVIL)), files["untraced"])
     with client(folder / "none") as mine:
         write_cache(survey(mine), files["empty"])
     return files
@@ -89,12 +94,12 @@ def rows(page: Page) -> list[str]:
 
 
 def test_ten_thousand_answers_are_a_few_rows_in_the_document(open_page: Open, pages: dict[str, Path]) -> None:
-    page = open_page(pages["cache"])
-    assert page.locator("#count").inner_text() == "2,000 of 2,000 answers"
+    page = open_page(pages["large"])
+    assert page.locator("#count").inner_text() == "10,000 of 10,000 answers"
     first = rows(page)
     assert 5 < len(first) < 60
     page.evaluate("const view = document.getElementById('viewport'); view.scrollTop = view.scrollHeight")
-    page.wait_for_function("() => document.querySelector('#rows tr[aria-rowindex=\"2001\"]') !== null")
+    page.wait_for_function("() => document.querySelector('#rows tr[aria-rowindex=\"10001\"]') !== null")
     last = rows(page)
     assert len(last) < 60
     assert set(first).isdisjoint(last)
@@ -138,6 +143,19 @@ def test_answers_are_sorted_by_a_click(
     assert page.locator("th[aria-sort=ascending], th[aria-sort=descending]").count() == 1
 
 
+def test_every_column_sorts_both_ways_by_keyboard(open_page: Open, pages: dict[str, Path]) -> None:
+    page = open_page(pages["cache"])
+    heads = page.locator("#grid th[data-column]")
+    assert heads.first.get_attribute("aria-sort") == "ascending"
+    for place in range(1, heads.count()):
+        directions = []
+        for _ in range(2):
+            heads.nth(place).get_by_role("button").press("Enter")
+            directions.append(heads.nth(place).get_attribute("aria-sort"))
+            assert page.locator("#grid [aria-sort]").count() == 1
+        assert sorted(map(str, directions)) == ["ascending", "descending"]
+
+
 def _number(text: str) -> float:
     raised = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
     mantissa, _, power = text.replace(",", "").partition("\N{MULTIPLICATION SIGN}10")
@@ -149,8 +167,11 @@ def test_answers_are_walked_and_opened_by_keyboard(open_page: Open, pages: dict[
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.locator("#grid").focus()
-    for key in ("ArrowDown", "ArrowDown", "End", "Home", "PageDown"):
+    for key, place in (("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("End", COUNT - 1), ("Home", 0)):
         page.keyboard.press(key)
+        assert page.locator("#grid").get_attribute("aria-activedescendant") == f"row-{place}"
+        assert page.locator(f"#row-{place}").is_visible()
+    page.keyboard.press("PageDown")
     page.keyboard.press("Enter")
     details = page.get_by_role("dialog")
     details.wait_for()
@@ -161,6 +182,7 @@ def test_answers_are_walked_and_opened_by_keyboard(open_page: Open, pages: dict[
     assert page.locator("#d-prompt").inner_text() != opened
     page.keyboard.press("Escape")
     details.wait_for(state="hidden")
+    assert page.evaluate("document.activeElement.id") == "grid"
 
 
 def test_an_empty_cache_says_so(open_page: Open, pages: dict[str, Path]) -> None:
@@ -181,6 +203,14 @@ def test_a_prompt_with_a_script_in_it_shows_as_text(open_page: Open, pages: dict
     assert shown.startswith("<script>window.pwned = 1</script><img src=x onerror=")
     assert "{{ 7 * 7 }}" in shown
     assert "\u202e" not in shown  # what turns the direction of what follows is made visible
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img").count() == 0
+
+
+def test_an_answer_without_a_trace_shows_its_prompt_as_text(open_page: Open, pages: dict[str, Path]) -> None:
+    page = open_page(pages["untraced"])
+    assert page.locator(".prompt").inner_text().startswith("<script>window.pwned = 1</script>")
+    assert "\u202e" not in page.locator("body").inner_text()
     assert page.evaluate("window.pwned") is None
     assert page.locator("img").count() == 0
 
@@ -261,7 +291,7 @@ def test_both_continuations_are_shown_where_a_divergence_is_known(open_page: Ope
 # --- looks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cache", "small", "empty", "answer"])
+@pytest.mark.parametrize("name", ["cache", "small", "empty", "untraced", "answer"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_fits_a_phone_and_both_schemes(
     open_page: Open, pages: dict[str, Path], answer: Path, name: str, scheme: str

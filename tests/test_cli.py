@@ -17,10 +17,12 @@ from typing import NamedTuple
 
 import pytest
 from rich.console import Console
+from support import client, with_token
 
 import stablegen
 from stablegen import cli
 from stablegen.lab import demo
+from stablegen.overview import CacheReport
 
 PROMPT = "Tell me about yourself.\nanswer : "
 
@@ -159,6 +161,8 @@ def test_out_is_written_whole_or_not_at_all(run: Run, tmp_path: Path) -> None:
         (("generate", "x", "--model", "./absent"), 1, "absent"),
         (("generate", ""), 1, "empty"),
         (("inspect", "0000"), 1, "cache export"),
+        (("inspect", "0000", "--html", "page.txt"), 2, "ends in .html"),
+        (("report", "--html", "absent/page.html"), 2, "no such folder"),
         (("cache", "clear", "--nonsense"), 2, "--nonsense"),
     ],
 )
@@ -201,6 +205,31 @@ def test_inspect_marks_the_fragile_steps(run: Run) -> None:
     content = json.loads(run("inspect", line["key"], "--json").out)
     assert len(content["trace"]["margins"]) == 40
     assert content["numerics_digest"] == line["numerics_digest"]
+
+
+def test_inspect_verifies_and_shows_both_continuations(run: Run, tmp_path: Path) -> None:
+    with client(tmp_path / "cache", policy="invariant") as asking:
+        right = asking.complete(PROMPT, max_new_tokens=8).record
+        asking.store.put([with_token(right, 3, 7)])
+    done = run("inspect", right.key, "--verify", "--html", "page.html")
+    assert done.code == 0
+    assert "parts  at step 3, verified" in done.out
+    assert "A fresh run parts at step 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    later = json.loads(run("inspect", right.key, "--json").out)
+    (noted,) = later["partings"]
+    assert (noted["source"], noted["step"], noted["newer"]) == ("flagged", 3, [right.token_ids[3]])
+    assert later["verification"] is None
+
+
+def test_report_looks_the_cache_over(run: Run, tmp_path: Path) -> None:
+    assert run("report").out.startswith("0 answers in")
+    run("generate", PROMPT, "--max-new-tokens", "40", "--dtype", "bfloat16")
+    done = run("report", "--html", "page.html")
+    assert done.code == 0
+    assert all(part in done.out for part in ("1 at risk", "padded:8", "most fragile", "native"))
+    assert "1 cached answer" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    content = CacheReport.model_validate_json(run("report", "--json").out)
+    assert (content.records, content.answers[0].verdict.status) == (1, "at_risk")
 
 
 def test_the_cache_is_counted_explained_exported_and_emptied(run: Run, tmp_path: Path) -> None:
