@@ -28,7 +28,7 @@ Dtypes = Annotated[
 NumberSeed = Annotated[int, typer.Option(help="Draws the numbers.")]
 PromptFile = Annotated[Path | None, typer.Option(help="File of prompts, JSON lines or text lines; its own if none.")]
 PromptCount = Annotated[
-    int | None, typer.Option("--count", help="Prompts from the beginning; of its own all 103 on a GPU, 24 on a CPU.")
+    int | None, typer.Option("--count", help="Prompts from the beginning; of its own 103, 48 on a GPU and 24 on a CPU.")
 ]
 FlipTokens = Annotated[int, typer.Option("--tokens", help="Tokens of an answer at most.")]
 

@@ -56,7 +56,7 @@ PADS = (1, 16, 64)
 TOKENS = 8
 CPU_BESIDE = 4
 """Tokens that other rows give on a CPU under a policy: its invariant kernels take one row after the other."""
-COUNT = {"cuda": None, "cpu": 24}
+COUNT = {"cuda": 48, "cpu": 24}
 """Prompts of stablegen's own where the user names no number."""
 DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}
 POLICIES = ("single", "padded:8", "invariant")
@@ -227,7 +227,7 @@ def measure(
 
     ``model``: the embedded ``tiny-gpt2`` if None. ``batches``: rows, compared with ``baseline`` rows; ``pads``: tokens
     of padding, compared with none. ``tokens`` an answer has at most. ``dtypes``: those that suit the device if none.
-    ``prompts``: stablegen's own if None, on a CPU the first ``COUNT``; ``count``: so many from the beginning. Prompts
+    ``prompts``: stablegen's own if None; ``count``: so many from the beginning, of its own ``COUNT`` if None. Prompts
     that do not fit are left out and named. Raises ``ParameterError`` for what cannot be measured, ``DeviceError`` or
     ``ModelError`` where device or model cannot be had.
     """
