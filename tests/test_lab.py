@@ -13,7 +13,7 @@ from rich.console import Console
 from support import TINY, save, small_directory, small_llama
 
 from stablegen import cli
-from stablegen.errors import DeviceError, InputFileError, ParameterError, PolicyError
+from stablegen.errors import DeviceError, DeviceMemoryError, InputFileError, ParameterError, PolicyError
 from stablegen.kernels.reference import ReferenceKernels
 from stablegen.lab import associativity, flips, layers, matmul
 from stablegen.lab.report import LabReport, join, read_report, render, report_of
@@ -385,6 +385,16 @@ def test_prompts_that_do_not_fit_are_left_out_and_named() -> None:
     assert "tokens, from 1 to 254 fit" in found.skipped[0]
 
 
+def test_a_model_that_invariant_does_not_run_is_measured_without_it(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"model": str(save(small_llama(), tmp_path)), "dtypes": ("float32",), "batches": (1, 2)}
+    asked |= {"pads": (), "tokens": 2, "count": 1, "device": "cpu"}
+    found = flips.measure(**asked)
+    assert {one.policy for one in found.dtypes[0].policies} == {"single", "padded:8"}
+    assert "invariant" in found.unavailable
+    with pytest.raises(PolicyError, match="invariant"):
+        flips.measure(policies=("invariant",), **asked)
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
@@ -512,6 +522,33 @@ def test_the_command_for_all(
     assert calls["layers"]["dtypes"] == ["float32"]
     assert calls["matmul"]["seed"] == 5
     assert page.exists()
+
+
+def test_what_fails_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], sums: Any, products: Any
+) -> None:
+    def full(**_: Any) -> Any:
+        raise DeviceMemoryError("a batch of 64 rows did not fit")
+
+    monkeypatch.setattr(associativity, "measure", lambda **_: sums)
+    monkeypatch.setattr(matmul, "measure", lambda **_: products)
+    monkeypatch.setattr(layers, "measure", full)
+    monkeypatch.setattr(flips, "measure", full)
+    page = tmp_path / "all.html"
+    assert run("lab", "all", "--html", str(page)) == 1
+    printed = capsys.readouterr().out
+    assert "layers failed: a batch of 64 rows did not fit." in printed
+    assert "(a + b) + c" in printed
+    assert "a batch of 64 rows did not fit" in page.read_text()
+
+
+def test_a_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(layers._Native, "run", full)
+    with pytest.raises(DeviceMemoryError, match="a batch of 1 rows did not fit"):
+        layers.measure(dtypes=("float32",), device="cpu")
 
 
 def test_the_command_joins_reports(

@@ -308,3 +308,5 @@ def _show_lab(report: LabReport, html: Path | None, *, as_json: bool) -> None:
         from stablegen.pages.lab import write
 
         write(report, html)
+    if report.problems:
+        raise typer.Exit(1)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from stablegen.checkpoint import Checkpoint, DigestMemory, check_invariant, open_checkpoint
 from stablegen.device import Device
@@ -32,7 +33,7 @@ from stablegen.lab.progress import ticker
 from stablegen.lab.tables import grouped, say, sheet
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
 from stablegen.params import GenerationParams
-from stablegen.policy import Batch, load_policy
+from stablegen.policy import Batch, ExecutionPolicy, Invariant, load_policy
 from stablegen.prompts import read_prompts
 from stablegen.record import Trace
 from stablegen.request import Request
@@ -181,7 +182,10 @@ class DtypeFlips(Frozen):
 
 
 class FlipsReport(Frozen):
-    """What the experiment found; ``tokens`` an answer has at most, ``baseline`` rows of what is held against."""
+    """What the experiment found; ``tokens`` an answer has at most, ``baseline`` rows of what is held against.
+
+    ``skipped``: prompts that were left out; ``unavailable``: policies under which the model cannot run. Each says why.
+    """
 
     model: str
     machine: Machine
@@ -189,6 +193,7 @@ class FlipsReport(Frozen):
     tokens: int
     skipped: tuple[str, ...]
     dtypes: tuple[DtypeFlips, ...]
+    unavailable: dict[str, str] = Field(default_factory=dict)
     seconds: float
 
     @property
@@ -219,7 +224,7 @@ def measure(
     tokens: int = TOKENS,
     prompts: Sequence[str] | None = None,
     count: int | None = None,
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> FlipsReport:
@@ -228,8 +233,9 @@ def measure(
     ``model``: the embedded ``tiny-gpt2`` if None. ``batches``: rows, compared with ``baseline`` rows; ``pads``: tokens
     of padding, compared with none. ``tokens`` an answer has at most. ``dtypes``: those that suit the device if none.
     ``prompts``: stablegen's own if None; ``count``: so many from the beginning, of its own ``COUNT`` if None. Prompts
-    that do not fit are left out and named. Raises ``ParameterError`` for what cannot be measured, ``DeviceError`` or
-    ``ModelError`` where device or model cannot be had.
+    that do not fit are left out and named. ``policies``: those of ``POLICIES`` under which the model can run if None.
+    Raises ``ParameterError`` for what cannot be measured, ``DeviceError`` or ``ModelError`` where device or model
+    cannot be had.
     """
     started = time.perf_counter()
     place = find_device(device, "float32")
@@ -246,15 +252,9 @@ def measure(
     chosen = tuple(dict.fromkeys(dtypes)) or DTYPES[kind]
     for dtype in chosen:
         find_device(device, dtype)
-    plans = [load_policy(policy) for policy in policies]
     memory = DigestMemory(None)
     checkpoint = open_checkpoint(model, revision, memory)
-    if any(plan.spec == "invariant" for plan in plans):
-        check_invariant(checkpoint.config)
-    if any(not plan.promises for plan in plans):
-        raise PolicyError(
-            "policy 'native' is what the others are compared with", accepted="single, padded:N, invariant"
-        )
+    plans, unavailable = _plans(policies, checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, memory)
     set_up = _SetUp(checkpoint, tokenizer, place, tokens, baseline, tuple(batches), tuple(pads))
     subjects, skipped = set_up.subjects(asked, count)
@@ -286,8 +286,25 @@ def measure(
         tokens=tokens,
         skipped=tuple(skipped),
         dtypes=tuple(found),
+        unavailable=unavailable,
         seconds=time.perf_counter() - started,
     )
+
+
+def _plans(policies: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[list[ExecutionPolicy], dict[str, str]]:
+    """Return the policies to compare with, and of those that were not asked for by name why some cannot run."""
+    plans = [load_policy(policy) for policy in (POLICIES if policies is None else policies)]
+    if any(not plan.promises for plan in plans):
+        raise PolicyError("policy 'native' is what others are compared with", accepted="single, padded:N, invariant")
+    if Invariant() in plans:
+        try:
+            check_invariant(checkpoint.config)
+        except PolicyError as error:
+            if policies is not None:
+                raise
+            plans.remove(Invariant())
+            return plans, {"invariant": error.problem}
+    return plans, {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -573,6 +590,8 @@ def render(report: FlipsReport, console: Console) -> None:
             console.print(table)
     for line in report.skipped:
         say(console, f"left out: {line}")
+    for name, reason in report.unavailable.items():
+        say(console, f"not measured: {name}: {reason}")
     say(console, report.meaning)
 
 

@@ -18,7 +18,7 @@ from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.engine.decode import computing, cpu_threads
 from stablegen.engine.gpt2 import GPT2, GPT2Engine
 from stablegen.engine.loading import kernels_for, torch_device
-from stablegen.errors import ParameterError
+from stablegen.errors import DeviceMemoryError, ParameterError
 from stablegen.frozen import Frozen
 from stablegen.kernels.base import Cache, KernelSet, Linear, Norm, Placed, Rows
 from stablegen.lab.machine import Machine, free_memory, machine_of
@@ -158,10 +158,10 @@ def measure(
             unavailable["stablegen"] = f"its kernels run GPT-2, and this is a {subject.model.config.model_type}"
         sequences = _sequences(subject, length, max(batches), seed)
         for kernels, run in lanes.items():
-            alone = run(sequences[:1])
+            alone = _fitting(run, sequences[:1])
             tick()
             for batch in batches:
-                together = run(sequences[:batch])
+                together = _fitting(run, sequences[:batch])
                 runs += [
                     LayersInCompany(
                         kernels=kernels,
@@ -185,6 +185,18 @@ def measure(
         unavailable=unavailable,
         seconds=time.perf_counter() - started,
     )
+
+
+def _fitting(
+    run: Callable[[Sequence[Sequence[int]]], dict[Stage, _Stream]], sequences: Sequence[Sequence[int]]
+) -> dict[Stage, _Stream]:
+    """Return what a run of sequences shows; raise ``DeviceMemoryError`` where they do not fit."""
+    try:
+        return run(sequences)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"a batch of {len(sequences)} rows did not fit into the device's memory", hint="Use fewer rows with --batch"
+        ) from error
 
 
 def _sequences(subject: Subject, length: int, count: int, seed: int) -> list[list[int]]:

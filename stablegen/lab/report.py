@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stablegen.errors import InputFileError, ParameterError
+from pydantic import Field
+
+from stablegen.errors import DeviceMemoryError, EngineError, InputFileError, ParameterError
 from stablegen.frozen import Frozen
 from stablegen.lab import associativity, flips, layers, matmul
 from stablegen.lab.associativity import AssociativityReport
@@ -23,13 +25,14 @@ if TYPE_CHECKING:
 
 
 class LabReport(Frozen):
-    """The experiments that were run, and when, in Unix time."""
+    """The experiments that were run, and when, in Unix time; ``problems``: of those that failed, why."""
 
     created: float
     associativity: AssociativityReport | None = None
     matmul: MatmulReport | None = None
     layers: LayersReport | None = None
     flips: FlipsReport | None = None
+    problems: dict[str, str] = Field(default_factory=dict)
 
 
 def report_of(**found: Frozen) -> LabReport:
@@ -67,7 +70,8 @@ def join(reports: Sequence[LabReport]) -> LabReport:
             parts[name] = found[0]
     if not parts:
         raise ParameterError("no experiment in these reports", accepted="at least one")
-    return LabReport(created=max(one.created for one in reports), **parts)  # type: ignore[arg-type]  # as above
+    problems = {name: problem for one in reports for name, problem in one.problems.items() if name not in parts}
+    return LabReport(created=max(one.created for one in reports), problems=problems, **parts)  # type: ignore[arg-type]  # as above
 
 
 def _join_flips(runs: Sequence[FlipsReport]) -> FlipsReport:
@@ -99,15 +103,12 @@ def measure(
 ) -> LabReport:
     """Run all four experiments; ``progress`` returns, for an experiment's name, who hears how far it is.
 
-    Raises what each of them raises.
+    One that fails while it runs is among the ``problems``, and the others go on. Raises what each of them raises for
+    what cannot be measured at all.
     """
-    return report_of(
-        associativity=associativity.measure(device=device, seed=seed, progress=progress("associativity")),
-        matmul=matmul.measure(device=device, seed=seed, progress=progress("matmul")),
-        layers=layers.measure(
-            model=model, revision=revision, dtypes=dtypes, device=device, seed=seed, progress=progress("layers")
-        ),
-        flips=flips.measure(
+    runs: dict[str, Callable[[Progress | None], Frozen]] = {
+        # first what is choosy about its arguments
+        "flips": lambda bar: flips.measure(
             model=model,
             revision=revision,
             dtypes=dtypes,
@@ -115,9 +116,22 @@ def measure(
             prompts=prompts,
             count=count,
             device=device,
-            progress=progress("flips"),
+            progress=bar,
         ),
-    )
+        "layers": lambda bar: layers.measure(
+            model=model, revision=revision, dtypes=dtypes, device=device, seed=seed, progress=bar
+        ),
+        "matmul": lambda bar: matmul.measure(device=device, seed=seed, progress=bar),
+        "associativity": lambda bar: associativity.measure(device=device, seed=seed, progress=bar),
+    }
+    found: dict[str, Frozen] = {}
+    problems: dict[str, str] = {}
+    for name, run in runs.items():
+        try:
+            found[name] = run(progress(name))
+        except (EngineError, DeviceMemoryError) as error:
+            problems[name] = str(error)
+    return report_of(**found).model_copy(update={"problems": problems})
 
 
 def render(report: LabReport, console: Console) -> None:
@@ -130,5 +144,7 @@ def render(report: LabReport, console: Console) -> None:
         layers.render(report.layers, console)
     if report.flips is not None:
         flips.render(report.flips, console)
+    for name, problem in report.problems.items():
+        say(console, f"{name} failed: {problem}")
     parts = (report.associativity, report.matmul, report.layers, report.flips)
     say(console, f"measured in {sum(part.seconds for part in parts if part is not None):.0f} s")

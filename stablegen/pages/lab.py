@@ -39,6 +39,7 @@ def write(report: LabReport, file: Path) -> None:
         matmul=None if report.matmul is None else _matmul(report.matmul),
         layers=None if report.layers is None else _layers(report.layers),
         flips=None if report.flips is None else _flips(report.flips),
+        problems=report.problems,
     )
 
 
@@ -251,6 +252,7 @@ def _flips(report: flips.FlipsReport) -> dict[str, Any]:
         "tokens": report.tokens,
         "dtypes": found,
         "skipped": report.skipped,
+        "unavailable": report.unavailable,
     }
 
 
