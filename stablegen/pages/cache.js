@@ -25,6 +25,7 @@
     if (power >= -4 && power < digits) return String(Number(value.toPrecision(digits)));
     return mantissa + "×10" + raised(power);
   }
+  const short = (value) => number(value, value !== null && value < 0.1 ? 2 : 3); // the smallest must not be cut off
   const date = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 10);
   const moment = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 16).replace("T", " ");
   const apps = (row) => row[APPS].map((app) => data.apps[app]).join(", ");
@@ -53,8 +54,8 @@
     (row) => { const made = cell(); made.append(chip(element("span"), row[STATUS])); return made; },
     (row) => text(row[PROMPT]),
     (row) => text(row[ANSWER]),
-    (row) => cell(number(row[RISK]), "num"),
-    (row) => cell(number(row[MARGIN]), "num"),
+    (row) => cell(short(row[RISK]), "num"),
+    (row) => cell(short(row[MARGIN]), "num"),
     (row) => text(apps(row)),
     (row) => text(data.models[row[MODEL]]),
     (row) => cell(data.words[row[BY]], "clip"),
