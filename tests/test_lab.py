@@ -16,6 +16,7 @@ from stablegen import cli
 from stablegen.errors import DeviceError, DeviceMemoryError, InputFileError, ParameterError, PolicyError
 from stablegen.kernels.reference import ReferenceKernels
 from stablegen.lab import associativity, flips, layers, matmul
+from stablegen.lab.bits import same_bits
 from stablegen.lab.report import LabReport, join, read_report, render, report_of
 from stablegen.lab.tables import counts_text, grouped
 
@@ -147,8 +148,8 @@ def test_a_product_sums_up_what_a_kernel_set_leaves_apart() -> None:
 
 
 def test_bits_are_compared_and_not_numbers() -> None:
-    assert not matmul.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-    assert matmul.same_bits(torch.tensor([math.nan]), torch.tensor([math.nan]))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert same_bits(torch.tensor([math.nan]), torch.tensor([math.nan]))
 
 
 @pytest.mark.parametrize(
@@ -540,6 +541,10 @@ def test_what_fails_costs_the_others_nothing(
     assert "layers failed: a batch of 64 rows did not fit." in printed
     assert "(a + b) + c" in printed
     assert "a batch of 64 rows did not fit" in page.read_text()
+    monkeypatch.setattr(associativity, "measure", full)
+    monkeypatch.setattr(matmul, "measure", full)
+    assert run("lab", "all", "--html", str(page)) == 1
+    assert "a batch of 64 rows did not fit" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

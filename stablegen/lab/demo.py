@@ -18,6 +18,7 @@ from stablegen.engine.base import Engine
 from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_engine
 from stablegen.frozen import Frozen
+from stablegen.lab.bits import same_bits
 from stablegen.lab.planned import Planned
 from stablegen.lab.progress import ticker
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
@@ -166,7 +167,7 @@ def _measure_policy(spec: str, dtype: str) -> Measured:
             before, after = alone[id(needle)], found[id(needle)]
             for step, (mine, theirs) in enumerate(zip(before, after, strict=True)):
                 rows += 1
-                if not torch.equal(mine.view(torch.int32), theirs.view(torch.int32)):  # bits: -0.0 is not 0.0
+                if not same_bits(mine, theirs):
                     moved += 1
                     largest = max(largest, float((mine - theirs).abs().max()))
                 if mine.argmax() != theirs.argmax():

@@ -30,6 +30,7 @@ from stablegen.frozen import Frozen
 from stablegen.lab.machine import Machine, free_memory, machine_of
 from stablegen.lab.planned import Planned
 from stablegen.lab.progress import ticker
+from stablegen.lab.subject import DTYPES
 from stablegen.lab.tables import grouped, say, sheet
 from stablegen.numerics import allows_static_cache, find_device, numerics_on
 from stablegen.params import GenerationParams
@@ -59,7 +60,6 @@ CPU_BESIDE = 4
 """Tokens that other rows give on a CPU under a policy: its invariant kernels take one row after the other."""
 COUNT = {"cuda": 48, "cpu": 24}
 """Prompts of stablegen's own where the user names no number."""
-DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}
 POLICIES = ("single", "padded:8", "invariant")
 TOP = 10
 """Tokens of each of the two tables that are kept of a flip."""

@@ -21,10 +21,10 @@ from stablegen.engine.loading import kernels_for, torch_device
 from stablegen.errors import DeviceMemoryError, ParameterError
 from stablegen.frozen import Frozen
 from stablegen.kernels.base import Cache, KernelSet, Linear, Norm, Placed, Rows
+from stablegen.lab.bits import same_bits
 from stablegen.lab.machine import Machine, free_memory, machine_of
-from stablegen.lab.matmul import same_bits
 from stablegen.lab.progress import ticker
-from stablegen.lab.subject import RANDOM, Subject, load_subject
+from stablegen.lab.subject import DTYPES, RANDOM, Subject, load_subject
 from stablegen.lab.tables import grouped, say, sheet
 from stablegen.numerics import Numerics, find_device, numerics_on
 from stablegen.params import GenerationParams
@@ -40,7 +40,6 @@ Stage = Literal["prefill", "decode"]
 BATCHES = (2, 4, 8, 16, 32, 64)
 LENGTH = 32
 """Tokens of the sequence."""
-DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}
 MIDDLES = ("ln_2", "post_attention_layernorm")
 """What a block's second norm is called: it reads the residual stream between attention and MLP."""
 MEANING = (

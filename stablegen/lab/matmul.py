@@ -21,6 +21,7 @@ from stablegen.engine.loading import kernels_for, torch_device
 from stablegen.errors import ParameterError
 from stablegen.frozen import Frozen
 from stablegen.kernels.base import KernelSet, Linear
+from stablegen.lab.bits import same_bits
 from stablegen.lab.machine import Machine, available_memory, free_memory, machine_of, synchronise
 from stablegen.lab.progress import ticker
 from stablegen.lab.tables import counts_text, grouped, say, sheet
@@ -359,12 +360,6 @@ def differences(alone: torch.Tensor, together: torch.Tensor) -> dict[str, float 
         "allclose": torch.allclose(alone, together),
         "equal": same_bits(alone, together),
     }
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors hold the same bits: -0.0 is not 0.0, and NaN equals itself."""
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.contiguous().view(words), other.contiguous().view(words))
 
 
 def _fitting(device: Device, shape: tuple[int, int, int], dtype: torch.dtype, wanted: int) -> int:

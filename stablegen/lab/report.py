@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from stablegen.errors import DeviceMemoryError, EngineError, InputFileError, ParameterError
+from stablegen.errors import DeviceMemoryError, EngineError, InputFileError, ParameterError, StablegenError
 from stablegen.frozen import Frozen
 from stablegen.lab import associativity, flips, layers, matmul
 from stablegen.lab.associativity import AssociativityReport
@@ -103,7 +103,8 @@ def measure(
 ) -> LabReport:
     """Run all four experiments; ``progress`` returns, for an experiment's name, who hears how far it is.
 
-    One that fails while it runs is among the ``problems``, and the others go on. Raises what each of them raises for
+    One that fails while it runs is among the ``problems``, and the others go on; where all fail, the last one's error
+    is raised. Raises what each of them raises for
     what cannot be measured at all.
     """
     runs: dict[str, Callable[[Progress | None], Frozen]] = {
@@ -126,11 +127,14 @@ def measure(
     }
     found: dict[str, Frozen] = {}
     problems: dict[str, str] = {}
+    failure: StablegenError | None = None
     for name, run in runs.items():
         try:
             found[name] = run(progress(name))
         except (EngineError, DeviceMemoryError) as error:
-            problems[name] = str(error)
+            problems[name], failure = str(error), error
+    if failure is not None and not found:
+        raise failure
     return report_of(**found).model_copy(update={"problems": problems})
 
 

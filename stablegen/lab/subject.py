@@ -15,6 +15,8 @@ from stablegen.numerics import numerics_on
 from stablegen.policy import Native
 
 RANDOM = "gpt2-small, random weights"
+DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}
+"""What an experiment runs in where the user names no dtype, by device."""
 
 
 @dataclass(frozen=True, slots=True)
