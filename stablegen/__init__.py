@@ -9,8 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stablegen.calibration import Calibration
     from stablegen.client import Client
+    from stablegen.core.answer import Completion, Score, SelfCheck, Verdict, Verification
+    from stablegen.core.calibration import Calibration
+    from stablegen.core.flagged import FlaggedHit
+    from stablegen.core.numerics import Numerics
+    from stablegen.core.params import GenerationParams
+    from stablegen.core.policy import ExecutionPolicy, Invariant, Native, Padded, Single, load_policy
+    from stablegen.core.record import Composition, Record
+    from stablegen.core.request import ModelIdentity, Request
+    from stablegen.core.trace import Trace
     from stablegen.drop_in import restore, stabilize
     from stablegen.errors import (
         AttentionMaskError,
@@ -46,20 +54,67 @@ if TYPE_CHECKING:
         UncachedWarning,
         UnsupportedParameterError,
     )
-    from stablegen.numerics import Numerics
-    from stablegen.params import GenerationParams
-    from stablegen.policy import ExecutionPolicy, Invariant, Native, Padded, Single, load_policy
-    from stablegen.record import Completion, Composition, Record, Score, SelfCheck, Trace, Verdict, Verification
-    from stablegen.request import ModelIdentity, Request
-    from stablegen.store.base import FlaggedHit
 
 __version__ = "0.1.0"
 
-_HOMES = (
-    *("client", "drop_in", "calibration", "guard", "numerics", "params"),
-    *("policy", "record", "request", "store.base", "errors"),
-)
-"""Modules of the public names, searched in this order: whoever imports the client has loaded most of them."""
+_MODULES = {
+    "AttentionMaskError": "errors",
+    "CacheDirectoryError": "errors",
+    "CacheEntryWarning": "errors",
+    "CacheError": "errors",
+    "CacheSchemaError": "errors",
+    "CacheWriteError": "errors",
+    "Calibration": "core.calibration",
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "Client": "client",
+    "Completion": "core.answer",
+    "Composition": "core.record",
+    "ConfigError": "errors",
+    "ContextLengthError": "errors",
+    "CorruptEntryError": "errors",
+    "DeviceError": "errors",
+    "DeviceMemoryError": "errors",
+    "DivergenceRiskError": "errors",
+    "DtypeError": "errors",
+    "EngineError": "errors",
+    "ExecutionPolicy": "core.policy",
+    "FlaggedHit": "core.flagged",
+    "GenerationParams": "core.params",
+    "HubError": "errors",
+    "InputFileError": "errors",
+    "InvalidRequestError": "errors",
+    "Invariant": "core.policy",
+    "MarginWarning": "errors",
+    "MissingPackageError": "errors",
+    "ModelError": "errors",
+    "ModelIdentity": "core.request",
+    "Native": "core.policy",
+    "NonFiniteScoresError": "errors",
+    "Numerics": "core.numerics",
+    "NumericsChangedError": "errors",
+    "Padded": "core.policy",
+    "ParameterError": "errors",
+    "PolicyError": "errors",
+    "PromiseWarning": "errors",
+    "PromptError": "errors",
+    "Record": "core.record",
+    "RecordNotFoundError": "errors",
+    "Request": "core.request",
+    "Score": "core.answer",
+    "SelfCheck": "core.answer",
+    "Single": "core.policy",
+    "StablegenError": "errors",
+    "Trace": "core.trace",
+    "UncachedWarning": "errors",
+    "UnsupportedParameterError": "errors",
+    "Verdict": "core.answer",
+    "Verification": "core.answer",
+    "load_policy": "core.policy",
+    "restore": "drop_in",
+    "stabilize": "drop_in",
+}
+"""Each public name, and the module under ``stablegen`` that defines it."""
 
 __all__ = [
     "AttentionMaskError",
@@ -121,13 +176,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for home in _HOMES:
-            module = import_module(f"stablegen.{home}")
-            if name in vars(module):
-                value = globals()[name] = getattr(module, name)
-                return value
-    raise AttributeError(f"module 'stablegen' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'stablegen' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"stablegen.{_MODULES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -16,9 +16,17 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, get_args, overload
 
-from stablegen.calibration import Calibration, fit
-from stablegen.checkpoint import DigestMemory, check_invariant, open_checkpoint
+from stablegen.core.answer import Completion, Score, SelfCheck, Verdict, Verification
+from stablegen.core.calibration import Calibration
+from stablegen.core.flagged import FlaggedHit
+from stablegen.core.numerics import Numerics
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, ExecutionPolicy, Invariant, Shape, load_policy
+from stablegen.core.record import Record
+from stablegen.core.request import ModelIdentity, Request, check_fits, check_prompt
+from stablegen.core.trace import Trace
 from stablegen.engine.base import Engine, FollowingEngine, ForcingEngine, Generated
+from stablegen.engine.invariant.architectures import check_invariant
 from stablegen.engine.repair import regenerate
 from stablegen.errors import (
     CacheWriteError,
@@ -38,13 +46,12 @@ from stablegen.errors import (
     StablegenError,
     UncachedWarning,
 )
-from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk, compare, flip_probabilities, fragile_steps, judge
-from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, ExecutionPolicy, Invariant, Shape, load_policy
-from stablegen.record import Completion, Record, Score, SelfCheck, Trace, Verdict, Verification
-from stablegen.request import ModelIdentity, Request, check_fits, check_prompt
-from stablegen.store.base import FlaggedHit, Store
+from stablegen.guard.calibration import fit
+from stablegen.guard.verdicts import DEFAULT_ACCEPTED_RISK, OnRisk, compare, flip_probabilities, fragile_steps, judge
+from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on, processed
+from stablegen.sources.checkpoint import open_checkpoint
+from stablegen.store.base import Store
 from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -155,7 +162,7 @@ class Client:
         kv_cache_size: int | None = None,
         app: str | None = None,
     ) -> None:
-        from stablegen.hf.model import LoadedModel
+        from stablegen.sources.live import LoadedModel
 
         loaded = LoadedModel(model)
         chosen = load_policy(policy)
@@ -338,7 +345,7 @@ class Client:
         """Return the completion of a prompt, or those of several in their order; equal ones are computed once.
 
         ``params``: ``max_new_tokens`` (tokens, 64 unless given), ``eos_token_id`` (the model's unless given), and what
-        else ``stablegen.params.SUPPORTED`` names, with transformers' meaning. With ``do_sample=True`` a ``seed``, or
+        else ``stablegen.core.params.SUPPORTED`` names, with transformers' meaning. With ``do_sample=True`` a ``seed``, or
         one for each prompt, makes an answer a function of the request; without one it is drawn and nothing is cached.
         ``sample_index`` tells several samples of one prompt and seed apart.
         Bad input raises before anything runs. Where a part fails later, or a hit may not be served
@@ -726,7 +733,7 @@ class Client:
 
     def numerics_for(self, request: Request) -> Numerics:
         """Return the numerics under which this client would answer a request."""
-        return self.numerics.processed if request.params.processed else self.numerics
+        return processed(self.numerics) if request.params.processed else self.numerics
 
     def calibration(self, record: Record) -> Calibration | None:
         """Return what was measured of the noise between a record's numerics and this client's, with its model."""

@@ -20,9 +20,9 @@ from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_val
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from stablegen.device import Dtype
 from stablegen.errors import ConfigError, PolicyError
-from stablegen.guard import DEFAULT_ACCEPTED_RISK, OnRisk
+from stablegen.guard.verdicts import DEFAULT_ACCEPTED_RISK, OnRisk
+from stablegen.machine.device import Dtype
 
 _FILE, _PYPROJECT = "stablegen.toml", "pyproject.toml"
 _APP, _CONFIG = "STABLEGEN_APP", "STABLEGEN_CONFIG"
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     @field_validator("policy", mode="before")
     @classmethod
     def _load_policy(cls, value: Any) -> str:
-        from stablegen.policy import load_policy  # whoever keeps the built-in policy need not load it here
+        from stablegen.core.policy import load_policy  # whoever keeps the built-in policy need not load it here
 
         return load_policy(value).spec
 

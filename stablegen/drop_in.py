@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from stablegen.client import Client
+from stablegen.core.policy import ExecutionPolicy
 from stablegen.errors import ModelError, PolicyError
-from stablegen.guard import OnRisk
-from stablegen.policy import ExecutionPolicy
+from stablegen.guard.verdicts import OnRisk
 
 _ATTRIBUTE = "stablegen"
 _POSITIONAL = (
@@ -102,7 +102,7 @@ class StableGenerate:
 
 
 def _is_gpt2(model: Any) -> bool:
-    from stablegen.checkpoint import check_invariant
+    from stablegen.engine.invariant.architectures import check_invariant
 
     try:
         check_invariant(model.config.to_dict())

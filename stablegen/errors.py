@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stablegen.record import Completion, Verdict
+    from stablegen.core.answer import Completion, Verdict
 
 
 class StablegenError(Exception):

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from stablegen.client import Client
+from stablegen.core.params import SAMPLING
+from stablegen.core.request import Request
 from stablegen.errors import MissingPackageError, ParameterError
-from stablegen.numerics import torch_cuda_version
-from stablegen.params import SAMPLING
-from stablegen.request import Request
+from stablegen.machine.plan import torch_cuda_version
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stablegen.checkpoint import DigestMemory
 from stablegen.errors import CheckpointError, ModelError, ParameterError, PromptError
+from stablegen.machine.digests import DigestMemory
 
 
 class Tokenizer:

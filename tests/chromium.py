@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from support import MODEL, numerics, record, request, trace
 
-from stablegen.record import Record
+from stablegen.core.record import Record
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from stablegen.engine.gpt2 import GPT2
+from stablegen.engine.invariant.architectures.gpt2 import GPT2
 from stablegen.kernels import launch
 from stablegen.kernels.base import Rows
 from stablegen.kernels.triton import TritonKernels

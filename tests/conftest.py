@@ -95,7 +95,7 @@ def compare(request: pytest.FixtureRequest, comparisons: list[Comparison]) -> Ca
 def _write_results(folder: Path, gathered: list[Comparison]) -> None:
     from invariance import slug_of
 
-    from stablegen.numerics import version_of
+    from stablegen.machine.plan import version_of
 
     folder.mkdir(parents=True, exist_ok=True)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")

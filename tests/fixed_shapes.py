@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from invariance import Answer, make_ids, make_request, run
 
+from stablegen.core.policy import Batch, load_policy
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine
-from stablegen.engine.transformers import TransformersEngine
-from stablegen.numerics import STATIC_ENGINE_VERSION, allows_static_cache, find_device, numerics_on
-from stablegen.policy import Batch, load_policy
-from stablegen.request import Request
+from stablegen.engine.transformers.engine import TransformersEngine
+from stablegen.machine.plan import STATIC_ENGINE_VERSION, allows_static_cache, find_device, numerics_on
 
 VOCABULARY = 211
 CONTEXT = 96

@@ -28,20 +28,22 @@ import numpy as np
 import torch
 
 import stablegen
-from stablegen.checkpoint import context_of
 from stablegen.client import Client
+from stablegen.core.config import context_of
+from stablegen.core.numerics import Numerics
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, load_policy
+from stablegen.core.request import ModelIdentity, Request
+from stablegen.core.trace import Trace
 from stablegen.engine.base import Engine
-from stablegen.engine.gpt2 import GPT2, GPT2Engine
-from stablegen.engine.kv_cache import KVCache, Lease
+from stablegen.engine.invariant.architectures.gpt2 import GPT2
+from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.invariant.kv_cache import KVCache, Lease
+from stablegen.engine.invariant.scheduler import Piece, Scheduler
 from stablegen.engine.loading import kernels_for, wrap_model
-from stablegen.engine.scheduler import Piece, Scheduler
 from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
 from stablegen.kernels.reference import ReferenceKernels, best_two
-from stablegen.numerics import Numerics, find_device, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, load_policy
-from stablegen.record import Trace
-from stablegen.request import ModelIdentity, Request
+from stablegen.machine.plan import find_device, numerics_on
 
 DTYPES = ("float32", "float16", "bfloat16")
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)

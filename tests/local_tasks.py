@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stablegen.prompts import SAMPLE
+from stablegen.lab.prompts import SAMPLE
 
 ANSWERS = (" I like it very much.", " I do not know what that is.", " the man said to her, and smiled.")
 _BEGINNINGS = (

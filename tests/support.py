@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import stablegen
-from stablegen.audit import AuditReport, Bin, Share, curve
 from stablegen.client import Client
-from stablegen.numerics import Numerics
-from stablegen.params import GenerationParams
-from stablegen.record import Composition, Record, SelfCheck, Trace
-from stablegen.request import ModelIdentity, Request
+from stablegen.core.answer import SelfCheck, Verdict
+from stablegen.core.audit import AuditReport, Bin, Share
+from stablegen.core.flagged import FlaggedHit
+from stablegen.core.numerics import Numerics
+from stablegen.core.params import GenerationParams
+from stablegen.core.record import Composition, Record
+from stablegen.core.request import ModelIdentity, Request
+from stablegen.core.trace import Trace
+from stablegen.reports.audit import curve
 
 TINY = Path(stablegen.__file__).parent / "models" / "tiny-gpt2"
 MODEL = ModelIdentity(source="digest", digest="5" * 64, name="some-model")
@@ -193,3 +197,22 @@ def small_directory() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="stablegen-test-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return save(small_gpt2(), directory)
+
+
+def proof(old: Record, current: Any, status: Any = "diverged", **changes: Any) -> FlaggedHit:
+    fields: dict[str, Any] = {
+        "key": old.key,
+        "app": "checker",
+        "prompt": "a prompt",
+        "verdict": Verdict(
+            status=status, basis="verified", reason="seen", probability=1.0, step=1, token=1, runner_up=9
+        ),
+        "token": "a",
+        "runner_up": "b",
+        "recorded": old.numerics.summary(),
+        "recorded_digest": old.numerics.digest,
+        "current": current.summary(),
+        "current_digest": current.digest,
+        "seen": old.created + 1.0,
+    }
+    return FlaggedHit(**(fields | changes))

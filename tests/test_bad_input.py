@@ -12,7 +12,7 @@ import torch
 from support import client, small_directory, small_gpt2
 
 from stablegen.client import Client
-from stablegen.device import Device
+from stablegen.core.policy import load_policy
 from stablegen.errors import (
     AttentionMaskError,
     CacheDirectoryError,
@@ -29,7 +29,7 @@ from stablegen.errors import (
     StablegenError,
     UnsupportedParameterError,
 )
-from stablegen.policy import load_policy
+from stablegen.machine.device import Device
 
 IDS = torch.tensor([[5, 6, 7]])
 Given = SimpleNamespace
@@ -56,14 +56,14 @@ def make(**settings: Any) -> Callable[[Given], Any]:
 
 def on_a_t4(given: Given) -> Any:
     old = Device("cuda:0", "Tesla T4", capability=(7, 5), sm_count=40)
-    given.patch.setattr("stablegen.device.visible_gpus", lambda: [old])
-    given.patch.setattr("stablegen.numerics.torch_cuda_version", lambda: "13.0")
+    given.patch.setattr("stablegen.machine.device.visible_gpus", lambda: [old])
+    given.patch.setattr("stablegen.machine.plan.torch_cuda_version", lambda: "13.0")
     return client(given.folder / "cache", device="cuda", dtype="bfloat16")
 
 
 def without_a_gpu(given: Given) -> Any:
-    given.patch.setattr("stablegen.device.visible_gpus", list)
-    given.patch.setattr("stablegen.numerics.torch_cuda_version", lambda: "13.0")
+    given.patch.setattr("stablegen.machine.device.visible_gpus", list)
+    given.patch.setattr("stablegen.machine.plan.torch_cuda_version", lambda: "13.0")
     return client(given.folder / "cache", device="cuda:1")
 
 

@@ -28,6 +28,8 @@ from support import (
 
 import stablegen
 from stablegen.client import Client, check_name
+from stablegen.core.answer import Completion, SelfCheck
+from stablegen.core.record import Record
 from stablegen.errors import (
     ConfigError,
     DeviceError,
@@ -40,8 +42,7 @@ from stablegen.errors import (
     PromiseWarning,
     RecordNotFoundError,
 )
-from stablegen.numerics import ENGINE_VERSION
-from stablegen.record import Completion, Record, SelfCheck
+from stablegen.machine.plan import ENGINE_VERSION
 
 PROMPTS = ["Hello", "Tell me about yourself.\nanswer : ", "What is", "Once upon a time", "No"]
 NEW = 3
@@ -60,8 +61,8 @@ class Computed:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
-    from stablegen.engine.gpt2 import GPT2Engine
-    from stablegen.engine.transformers import TransformersEngine
+    from stablegen.engine.invariant.engine import GPT2Engine
+    from stablegen.engine.transformers.engine import TransformersEngine
 
     seen = Computed()
 
@@ -328,7 +329,7 @@ def test_flagged_hits_and_misses_in_one_call(tmp_path: Path, computed: Computed)
 
 
 def test_without_a_passed_check_nothing_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stablegen.engine.transformers import TransformersEngine
+    from stablegen.engine.transformers.engine import TransformersEngine
     from stablegen.kernels import reference
 
     count = iter(range(10**6))
@@ -336,8 +337,8 @@ def test_without_a_passed_check_nothing_is_exact(tmp_path: Path, monkeypatch: py
     def drifting(scores: Any) -> Any:
         return reference.best_two(scores + next(count) * 1e-6)
 
-    monkeypatch.setattr("stablegen.engine.transformers.best_two", drifting)
-    assert TransformersEngine.__module__ == "stablegen.engine.transformers"
+    monkeypatch.setattr("stablegen.engine.transformers.engine.best_two", drifting)
+    assert TransformersEngine.__module__ == "stablegen.engine.transformers.engine"
     with client(tmp_path, accepted_risk=1.0) as asking:
         with pytest.warns(PromiseWarning, match=r"policy single does not keep its promise.*differ at step 0"):
             first = asking.complete("Hello", max_new_tokens=NEW)

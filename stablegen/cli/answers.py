@@ -43,7 +43,7 @@ from stablegen.errors import InvalidRequestError, ParameterError, StablegenError
 
 if TYPE_CHECKING:
     from stablegen.client import Client
-    from stablegen.record import Completion
+    from stablegen.core.answer import Completion
 
 app = typer.Typer()
 
@@ -72,7 +72,7 @@ def generate(
 ) -> None:
     """Complete prompts, from the cache where it holds them."""
     from stablegen.client import Client
-    from stablegen.prompts import PromptLine
+    from stablegen.lab.prompts import PromptLine
 
     lines = read_input(prompts, file)
     asked = asked_for(max_new_tokens, seed, sample_index, temperature, top_k, top_p, stop)
@@ -178,8 +178,8 @@ def inspect(
 
     Where another run's answer is known to part from it, both are shown.
     """
-    from stablegen.inspection import inspect as look
-    from stablegen.inspection import render
+    from stablegen.console.answer import render
+    from stablegen.reports.answer import inspect as look
 
     if html is not None:
         from stablegen.pages.render import check_page

@@ -64,7 +64,7 @@ def why(
     cache_dir: CacheDir = None,
 ) -> None:
     """Explain a miss: the nearest stored request, and the parts of the key that differ."""
-    from stablegen.why import explain_miss
+    from stablegen.reports.miss import explain_miss
 
     with make_client(model, None, None, None, app_name, cache_dir, revision=revision) as client:
         asked = asked_for(max_new_tokens, seed, sample_index, temperature, top_k, top_p, stop)

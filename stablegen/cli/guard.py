@@ -42,7 +42,7 @@ def calibrate(
     """Measure how far margins move between two numerics, for the guard to judge hits by."""
     import tempfile
 
-    from stablegen.prompts import SAMPLE
+    from stablegen.lab.prompts import SAMPLE
 
     asked = list(SAMPLE) if prompts is None else [text_of(line) for line in read_input(None, prompts)]
     policy, dtype = _pair("--to", target, None, dtype)
@@ -101,9 +101,10 @@ def audit(
 
     Ends with 1 where an answer called exact was not. No record is changed; what was found is kept for `report`.
     """
-    from stablegen.audit import audit as run
-    from stablegen.audit import keep, render
+    from stablegen.console.audit import render
     from stablegen.lab.plot import check_plot, draw_reliability
+    from stablegen.reports.audit import audit as run
+    from stablegen.reports.audit import keep
 
     if sample is not None and sample < 1:
         raise typer.BadParameter(f"--sample {sample} is not a positive number")
@@ -143,7 +144,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Look the whole cache over: verdicts, margins, the most fragile answers, and what each policy would do."""
-    from stablegen.overview import render, survey
+    from stablegen.console.cache import render
+    from stablegen.reports.cache import survey
 
     if html is not None:
         from stablegen.pages.render import check_page

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def read_input(prompts: list[str] | None, file: Path | None) -> list[Any]:
     """Return the lines of prompts given as arguments, in a file or by a pipe."""
-    from stablegen.prompts import PromptLine, read_prompts
+    from stablegen.lab.prompts import PromptLine, read_prompts
 
     if prompts and file:
         raise typer.BadParameter("give prompts or --file, not both")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from stablegen.numerics import Numerics
-from stablegen.policy import Batch, Limits
-from stablegen.record import Composition, FinishReason, Trace
-from stablegen.request import Request
+from stablegen.core.numerics import Numerics
+from stablegen.core.policy import Batch, Limits
+from stablegen.core.record import Composition, FinishReason
+from stablegen.core.request import Request
+from stablegen.core.trace import Trace
 
 if TYPE_CHECKING:
     import torch

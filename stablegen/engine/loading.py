@@ -10,17 +10,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from stablegen.checkpoint import Checkpoint, weight_files
-from stablegen.device import Device
+from stablegen.core.numerics import Numerics
+from stablegen.core.policy import Invariant, load_policy
 from stablegen.engine.base import Engine
-from stablegen.engine.gpt2 import GPT2, GPT2Engine
-from stablegen.engine.transformers import TransformersEngine
+from stablegen.engine.invariant.architectures.gpt2 import GPT2
+from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.transformers.engine import TransformersEngine
 from stablegen.engine.weights import align, alignment_of, check_finite
 from stablegen.errors import CheckpointError, DeviceError, DeviceMemoryError
 from stablegen.kernels.base import KernelSet
 from stablegen.kernels.vendor import VendorKernels
-from stablegen.numerics import Numerics, allows_static_cache, find_device, numerics_on
-from stablegen.policy import Invariant, load_policy
+from stablegen.machine.device import Device
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on
+from stablegen.sources.checkpoint import Checkpoint
+from stablegen.sources.files import weight_files
 from stablegen.tokenizer import Tokenizer
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from stablegen.params import GenerationParams
-from stablegen.request import Request
+from stablegen.core.params import GenerationParams
+from stablegen.core.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
+from stablegen.core.record import Composition, FinishReason
+from stablegen.core.request import Request
+from stablegen.core.trace import Trace, first_difference
 from stablegen.engine.base import Answer, ForcingEngine, Generated, Stopper
 from stablegen.errors import NonFiniteScoresError
-from stablegen.record import Composition, FinishReason, Trace, first_difference
-from stablegen.request import Request
 
 
 def regenerate(engine: ForcingEngine, answers: Sequence[Answer]) -> Generator[Generated, None, None]:

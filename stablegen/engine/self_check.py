@@ -11,13 +11,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from stablegen.core.answer import SelfCheck
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Padded, Shape, load_policy
+from stablegen.core.request import ModelIdentity, Request
+from stablegen.core.trace import Trace
 from stablegen.engine.base import Engine, ForcingEngine
-from stablegen.engine.gpt2 import GPT2Engine
+from stablegen.engine.invariant.engine import GPT2Engine
 from stablegen.errors import EngineError, NumericsChangedError
-from stablegen.params import GenerationParams
-from stablegen.policy import BUCKET, Batch, ExecutionPolicy, Invariant, Padded, Shape, load_policy
-from stablegen.record import SelfCheck, Trace
-from stablegen.request import ModelIdentity, Request
+from stablegen.machine import plan
 
 _EQUAL, _BESIDE, _SLOT = "equal", "beside other rows", "in another slot"
 _STEPS = 4
@@ -57,7 +59,7 @@ def self_check(
     ``width``, ``capacity`` and ``scored``: the ``Shape`` to measure; ``padded:N`` needs a width. ``processed``:
     whether tokens are chosen from processed scores, sampled and penalised, in place of the model's own.
     """
-    numerics = engine.numerics.processed if processed else engine.numerics
+    numerics = plan.processed(engine.numerics) if processed else engine.numerics
     policy = load_policy(numerics.policy)
     if not policy.promises:
         return SelfCheck(numerics=numerics, passed=False, checks={"policy": f"{policy} promises nothing"})

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from stablegen.core.request import Request
 from stablegen.engine.base import Stopper
-from stablegen.request import Request
 from stablegen.tokenizer import Tokenizer
 
 

@@ -16,11 +16,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from stablegen.checkpoint import Checkpoint
 from stablegen.client import NO_SEED, check_seeds
+from stablegen.core.request import Request, check_fits
 from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
-from stablegen.hf.model import LoadedModel
-from stablegen.request import Request, check_fits
+from stablegen.sources.checkpoint import Checkpoint
+from stablegen.sources.live import LoadedModel
 from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from stablegen.checkpoint import Checkpoint
-from stablegen.engine.choosing import Chooser
-from stablegen.engine.decode import cpu_threads
+from stablegen.core.answer import Completion
+from stablegen.core.request import Request
 from stablegen.engine.loading import load_transformers, torch_device
+from stablegen.engine.sampling import Chooser
+from stablegen.engine.transformers.decode import cpu_threads
 from stablegen.errors import ParameterError, UnsupportedParameterError
 from stablegen.hf.arguments import Call, resolve
-from stablegen.hf.model import LoadedModel
 from stablegen.hf.streaming import Stream
-from stablegen.record import Completion
-from stablegen.request import Request
+from stablegen.sources.checkpoint import Checkpoint
+from stablegen.sources.live import LoadedModel
 
 if TYPE_CHECKING:
     from stablegen.client import Client

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from stablegen.core.answer import Completion
 from stablegen.hf.arguments import Call
-from stablegen.record import Completion
 
 
 class Stream:

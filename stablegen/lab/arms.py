@@ -11,18 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from stablegen.device import Device
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, ExecutionPolicy, Padded, load_policy
+from stablegen.core.request import ModelIdentity, Request
 from stablegen.engine.base import Engine
-from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.engine.invariant.architectures.gpt2 import GPT2
+from stablegen.engine.invariant.engine import GPT2Engine
 from stablegen.engine.loading import make_vendor_engine, wrap_model
 from stablegen.errors import EngineError
 from stablegen.kernels.base import PAGE
 from stablegen.lab.machine import synchronise
 from stablegen.lab.subject import Subject
-from stablegen.numerics import allows_static_cache, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, ExecutionPolicy, Padded, load_policy
-from stablegen.request import ModelIdentity, Request
+from stablegen.machine.device import Device
+from stablegen.machine.plan import allows_static_cache, numerics_on
 
 GROUP = 32
 """Prompts that transformers runs at once in a set of many."""

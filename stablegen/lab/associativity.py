@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ConfigDict
 
-from stablegen.device import Device
+from stablegen.core.frozen import Frozen
 from stablegen.errors import ParameterError
-from stablegen.frozen import Frozen
 from stablegen.lab.machine import Machine, machine_of
 from stablegen.lab.progress import ticker
 from stablegen.lab.tables import say, sheet
-from stablegen.numerics import find_device
+from stablegen.machine.device import Device
+from stablegen.machine.plan import find_device
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stablegen.checkpoint import DigestMemory, open_checkpoint
-from stablegen.device import Device
+from stablegen.core.frozen import Frozen
 from stablegen.engine.loading import torch_device
 from stablegen.errors import DeviceMemoryError, ParameterError, StablegenError
-from stablegen.frozen import Frozen
 from stablegen.lab.arms import ARMS, Arm, Prompts
 from stablegen.lab.machine import Machine, free_memory, machine_of, synchronise
 from stablegen.lab.progress import ticker
 from stablegen.lab.subject import RANDOM, Subject, load_subject, random_context
 from stablegen.lab.tables import sheet
-from stablegen.numerics import find_device
+from stablegen.machine.device import Device
+from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import find_device
+from stablegen.sources.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

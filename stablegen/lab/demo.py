@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.client import Client
+from stablegen.core.answer import Verdict
+from stablegen.core.frozen import Frozen
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, Native, load_policy
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine
-from stablegen.engine.decode import cpu_threads
 from stablegen.engine.loading import load_engine
-from stablegen.frozen import Frozen
+from stablegen.engine.transformers.decode import cpu_threads
 from stablegen.lab.bits import same_bits
 from stablegen.lab.planned import Planned
 from stablegen.lab.progress import ticker
-from stablegen.numerics import allows_static_cache, find_device, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, Native, load_policy
-from stablegen.record import Verdict
-from stablegen.request import Request
+from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on
+from stablegen.sources.checkpoint import open_checkpoint
 from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -20,24 +20,26 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from stablegen.checkpoint import Checkpoint, DigestMemory, check_invariant, open_checkpoint
-from stablegen.device import Device
+from stablegen.core.frozen import Frozen
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, ExecutionPolicy, Invariant, load_policy
+from stablegen.core.request import Request
+from stablegen.core.trace import Trace
 from stablegen.engine.base import Engine
+from stablegen.engine.invariant.architectures import check_invariant
 from stablegen.engine.loading import load_engine, torch_device
-from stablegen.engine.transformers import TransformersEngine
+from stablegen.engine.transformers.engine import TransformersEngine
 from stablegen.errors import ParameterError, PolicyError, StablegenError
-from stablegen.frozen import Frozen
 from stablegen.lab.machine import Machine, free_memory, machine_of
 from stablegen.lab.planned import Planned
 from stablegen.lab.progress import ticker
+from stablegen.lab.prompts import read_prompts
 from stablegen.lab.subject import DTYPES
 from stablegen.lab.tables import grouped, say, sheet
-from stablegen.numerics import allows_static_cache, find_device, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, ExecutionPolicy, Invariant, load_policy
-from stablegen.prompts import read_prompts
-from stablegen.record import Trace
-from stablegen.request import Request
+from stablegen.machine.device import Device
+from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on
+from stablegen.sources.checkpoint import Checkpoint, open_checkpoint
 from stablegen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -14,22 +14,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
-from stablegen.checkpoint import DigestMemory, open_checkpoint
-from stablegen.engine.decode import computing, cpu_threads
-from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.core.frozen import Frozen
+from stablegen.core.numerics import Numerics
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, Native, load_policy
+from stablegen.core.request import ModelIdentity, Request
+from stablegen.engine.invariant.architectures.gpt2 import GPT2
+from stablegen.engine.invariant.engine import GPT2Engine
 from stablegen.engine.loading import kernels_for, torch_device
+from stablegen.engine.transformers.decode import computing, cpu_threads
 from stablegen.errors import DeviceMemoryError, ParameterError
-from stablegen.frozen import Frozen
 from stablegen.kernels.base import Cache, KernelSet, Linear, Norm, Placed, Rows
 from stablegen.lab.bits import same_bits
 from stablegen.lab.machine import Machine, free_memory, machine_of
 from stablegen.lab.progress import ticker
 from stablegen.lab.subject import DTYPES, RANDOM, Subject, load_subject
 from stablegen.lab.tables import grouped, say, sheet
-from stablegen.numerics import Numerics, find_device, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, Native, load_policy
-from stablegen.request import ModelIdentity, Request
+from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import find_device, numerics_on
+from stablegen.sources.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

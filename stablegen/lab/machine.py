@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from stablegen.device import Device, cpu_model
-from stablegen.frozen import Frozen
-from stablegen.numerics import version_of
+from stablegen.core.frozen import Frozen
+from stablegen.machine.device import Device, cpu_model
+from stablegen.machine.plan import version_of
 
 UNKNOWN_MEMORY = 4 * 2**30
 """Bytes that are reckoned with where the system does not say what it has."""

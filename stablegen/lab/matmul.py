@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # torch does not say that it is there
 
-from stablegen.device import Device
+from stablegen.core.frozen import Frozen
 from stablegen.engine.loading import kernels_for, torch_device
 from stablegen.errors import ParameterError
-from stablegen.frozen import Frozen
 from stablegen.kernels.base import KernelSet, Linear
 from stablegen.lab.bits import same_bits
 from stablegen.lab.machine import Machine, available_memory, free_memory, machine_of, synchronise
 from stablegen.lab.progress import ticker
 from stablegen.lab.tables import counts_text, grouped, say, sheet
-from stablegen.numerics import find_device
+from stablegen.machine.device import Device
+from stablegen.machine.plan import find_device
 
 if TYPE_CHECKING:
     from rich.console import Console

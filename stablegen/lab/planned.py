@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from stablegen.core.answer import SelfCheck
+from stablegen.core.policy import Batch, ExecutionPolicy, Shape
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine
 from stablegen.engine.self_check import self_check
-from stablegen.policy import Batch, ExecutionPolicy, Shape
-from stablegen.record import SelfCheck
-from stablegen.request import Request
 
 
 @dataclass(frozen=True, slots=True)

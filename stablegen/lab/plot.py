@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stablegen.audit import AuditReport
+    from stablegen.core.audit import AuditReport
     from stablegen.lab.bench import Cell, Report
 
 SUFFIXES = (".png", ".svg", ".pdf")

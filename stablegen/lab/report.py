@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from stablegen.core.frozen import Frozen
 from stablegen.errors import DeviceMemoryError, EngineError, InputFileError, ParameterError, StablegenError
-from stablegen.frozen import Frozen
 from stablegen.lab import associativity, flips, layers, matmul
 from stablegen.lab.associativity import AssociativityReport
 from stablegen.lab.flips import FlipsReport

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from stablegen.checkpoint import Checkpoint
-from stablegen.device import Device
+from stablegen.core.policy import Native
 from stablegen.engine.loading import load_engine
-from stablegen.engine.transformers import TransformersEngine
-from stablegen.numerics import numerics_on
-from stablegen.policy import Native
+from stablegen.engine.transformers.engine import TransformersEngine
+from stablegen.machine.device import Device
+from stablegen.machine.plan import numerics_on
+from stablegen.sources.checkpoint import Checkpoint
 
 RANDOM = "gpt2-small, random weights"
 DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stablegen.inspection import Inspection, Step
 from stablegen.pages.render import number, one_line, write_page
+from stablegen.reports.answer import Inspection, Step
 
 LEVELS = (1e-6, 1e-4, 1e-2, 1e-1)
 """Probabilities of a flip from which on a token is coloured one class higher."""

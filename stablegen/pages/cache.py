@@ -9,11 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stablegen.audit import OUTCOMES, AuditReport, Share
-from stablegen.overview import EDGES, STATUSES, Answer, CacheReport, Margins, WhatIf, rests_on
+from stablegen.core.answer import Status
+from stablegen.core.audit import OUTCOMES, AuditReport, Share
 from stablegen.pages import charts
 from stablegen.pages.render import number, percent, write_page
-from stablegen.record import Status
+from stablegen.reports.cache import EDGES, STATUSES, Answer, CacheReport, Margins, WhatIf, rests_on
 
 MOST = 10
 """Groups of a chart; what is smaller goes together."""

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stablegen.errors import ParameterError
-from stablegen.numerics import version_of
+from stablegen.machine.plan import version_of
 
 SUFFIXES = (".html", ".htm")
 _INVISIBLE = {

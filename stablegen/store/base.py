@@ -7,30 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from stablegen.audit import AuditReport
-from stablegen.calibration import Calibration
-from stablegen.frozen import Frozen
-from stablegen.record import Record, SelfCheck, Verdict
-
-
-class FlaggedHit(Frozen):
-    """A hit that was flagged, as ``stablegen warnings`` lists it.
-
-    ``token`` and ``runner_up`` are the texts of the two tokens that nearly tie at ``verdict.step``; ``recorded`` and
-    ``current`` say in words under which numerics the answer was computed and would be recomputed.
-    """
-
-    key: str
-    app: str | None
-    prompt: str
-    verdict: Verdict
-    token: str | None
-    runner_up: str | None
-    recorded: str
-    recorded_digest: str
-    current: str
-    current_digest: str
-    seen: float
+from stablegen.core.answer import SelfCheck
+from stablegen.core.audit import AuditReport
+from stablegen.core.calibration import Calibration
+from stablegen.core.flagged import FlaggedHit
+from stablegen.core.record import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,12 @@ from typing import Any, TypeVar
 import diskcache
 from diskcache.core import MODE_BINARY, MODE_RAW
 
-from stablegen.audit import AuditReport
-from stablegen.calibration import VERSION, Calibration
+from stablegen.core.answer import SelfCheck
+from stablegen.core.audit import AuditReport
+from stablegen.core.calibration import VERSION, Calibration
+from stablegen.core.flagged import FlaggedHit
+from stablegen.core.record import Record
+from stablegen.core.request import SCHEMA
 from stablegen.errors import (
     CacheDirectoryError,
     CacheEntryWarning,
@@ -22,9 +26,8 @@ from stablegen.errors import (
     CacheWriteError,
     CorruptEntryError,
 )
-from stablegen.record import Record, SelfCheck, decode, encode
-from stablegen.request import SCHEMA
-from stablegen.store.base import FlaggedHit, StoreStats
+from stablegen.store.base import StoreStats
+from stablegen.store.codec import decode, encode
 
 _T = TypeVar("_T")
 

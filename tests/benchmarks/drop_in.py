@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from local_tasks import TASKS, evaluate, questions, write_tasks
 
 import stablegen
-from stablegen.device import Device
-from stablegen.numerics import find_device, version_of
+from stablegen.machine.device import Device
+from stablegen.machine.plan import find_device, version_of
 
 BATCH_SIZES = (1, 4, 16, 64)
 PARTS = ("tokens", "evaluation", "pipeline", "speed")

@@ -18,9 +18,11 @@ from typing import Any
 
 from subjects import client_of, parse, parser_of, subject_of, tell
 
-from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.client import Client
-from stablegen.record import Record, Trace
+from stablegen.core.record import Record
+from stablegen.core.trace import Trace
+from stablegen.machine.digests import DigestMemory
+from stablegen.sources.checkpoint import open_checkpoint
 
 NATIVE_AT_ONCE = 32
 

@@ -19,10 +19,11 @@ from typing import Any
 
 from subjects import client_of, parse, parser_of, subject_of, tell
 
-from stablegen.audit import Share, brier, calibration_error, reliability
 from stablegen.client import Client
-from stablegen.guard import DEFAULT_ACCEPTED_RISK
-from stablegen.prompts import SAMPLE
+from stablegen.core.audit import Share
+from stablegen.guard.verdicts import DEFAULT_ACCEPTED_RISK
+from stablegen.lab.prompts import SAMPLE
+from stablegen.reports.audit import brier, calibration_error, reliability
 
 _TEXT = """
 rain bread war gold tea night dogs ships kings letters horses silence friends winter school trains cats tears rivers

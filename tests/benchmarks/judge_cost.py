@@ -14,14 +14,15 @@ from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from noise import shaken, steady, traces
 from support import MODEL, numerics, record
-from test_calibration import shaken, steady, traces
 
 import stablegen
-from stablegen.calibration import fit
-from stablegen.device import cpu_model
-from stablegen.guard import judge
-from stablegen.record import Record, Trace
+from stablegen.core.record import Record
+from stablegen.core.trace import Trace
+from stablegen.guard.calibration import fit
+from stablegen.guard.verdicts import judge
+from stablegen.machine.device import cpu_model
 
 
 def microseconds(records: list[Record], judged: partial) -> dict[str, float]:

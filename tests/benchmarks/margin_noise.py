@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from stablegen.checkpoint import Checkpoint, DigestMemory, open_checkpoint
+from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Batch, Native
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine
 from stablegen.engine.loading import load_engine
-from stablegen.guard import MANTISSA_BITS
-from stablegen.numerics import find_device, numerics_on
-from stablegen.params import GenerationParams
-from stablegen.policy import Batch, Native
-from stablegen.prompts import SAMPLE
-from stablegen.request import Request
+from stablegen.guard.verdicts import MANTISSA_BITS
+from stablegen.lab.prompts import SAMPLE
+from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import find_device, numerics_on
+from stablegen.sources.checkpoint import Checkpoint, open_checkpoint
 from stablegen.tokenizer import Tokenizer
 
 Rows = list[torch.Tensor]

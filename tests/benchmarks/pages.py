@@ -23,8 +23,8 @@ from chromium import browser, made_up
 from support import client
 
 import stablegen
-from stablegen.overview import survey
 from stablegen.pages.cache import write_cache
+from stablegen.reports.cache import survey
 
 AFTER = "await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));"
 """What waits until a frame has been drawn."""

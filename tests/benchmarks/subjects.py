@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from stablegen.checkpoint import EMBEDDED
 from stablegen.client import Client
 from stablegen.lab.bench import RANDOM
+from stablegen.sources.checkpoint import EMBEDDED
 
 
 def parser_of(about: str | None) -> argparse.ArgumentParser:

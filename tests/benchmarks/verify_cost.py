@@ -14,9 +14,10 @@ from typing import Any
 
 from subjects import client_of, parse, parser_of, subject_of, tell
 
-from stablegen.checkpoint import DigestMemory, open_checkpoint
 from stablegen.client import Client
 from stablegen.lab.bench import Spread
+from stablegen.machine.digests import DigestMemory
+from stablegen.sources.checkpoint import open_checkpoint
 
 PROMPT, NEW = 32, 128
 

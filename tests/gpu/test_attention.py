@@ -10,8 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from stablegen.engine import attention
-from stablegen.engine.attention import OneKernel
+from stablegen.engine.transformers.engine import attention
+from stablegen.engine.transformers.attention import OneKernel
 
 pytestmark = pytest.mark.gpu
 

@@ -14,13 +14,13 @@ from fixed_shapes import static_engine
 from invariance import DTYPES, invariant_engine, load_model, make_engine, make_ids, make_request
 
 import stablegen
+from stablegen.core.policy import Batch, capacity_for, load_policy
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine, Generated
-from stablegen.engine.choosing import Chooser
-from stablegen.engine.gpt2 import GPT2Engine
+from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.sampling import Chooser
 from stablegen.engine.self_check import self_check
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
-from stablegen.policy import Batch, capacity_for, load_policy
-from stablegen.request import Request
 
 pytestmark = pytest.mark.gpu
 

@@ -56,12 +56,13 @@ from invariance import (
     watch_passes,
 )
 
+from stablegen.core.policy import Batch, load_policy
 from stablegen.engine.base import Engine
-from stablegen.engine.gpt2 import GPT2, GPT2Engine
+from stablegen.engine.invariant.architectures.gpt2 import GPT2
+from stablegen.engine.invariant.engine import GPT2Engine
 from stablegen.engine.loading import kernels_for
 from stablegen.engine.self_check import self_check
-from stablegen.numerics import find_device, numerics_on
-from stablegen.policy import Batch, load_policy
+from stablegen.machine.plan import find_device, numerics_on
 
 pytestmark = pytest.mark.gpu
 

@@ -16,14 +16,14 @@ import torch
 from fixed_shapes import STATIC, alone, asked, small_model, static_engine
 from invariance import DTYPES, TINY, Answer, Comparison, load_model, make_engine, padded_companies, run
 
-import stablegen.engine.static_cache as module
+import stablegen.engine.transformers.static_cache as module
 from stablegen.client import Client
+from stablegen.core.policy import CAPACITY_STEP, Batch, Padded, Shape
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine
 from stablegen.engine.self_check import self_check
-from stablegen.engine.transformers import TransformersEngine
-from stablegen.numerics import STATIC_MODELS
-from stablegen.policy import CAPACITY_STEP, Batch, Padded, Shape
-from stablegen.request import Request
+from stablegen.engine.transformers.engine import TransformersEngine
+from stablegen.machine.plan import STATIC_MODELS
 
 pytestmark = pytest.mark.gpu
 
@@ -300,7 +300,7 @@ import json, logging
 import torch
 from fixed_shapes import asked, small_model, static_engine
 from invariance import run
-from stablegen.policy import Batch
+from stablegen.core.policy import Batch
 
 heard = []
 handler = logging.Handler()

@@ -1,0 +1,60 @@
+"""Everything the bits of a result depend on besides the request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Any
+
+from stablegen.core.frozen import Frozen
+
+
+class Numerics(Frozen):
+    """How a result is computed: equal ``Numerics`` and a policy that promises mean equal bits.
+
+    Fields that do not apply are None and leave the digest alone: ``float32_matmul_precision`` (TF32),
+    ``reduced_precision`` and ``attention_backends`` are flags of vendor libraries, ``transformers`` matters only where
+    its forward pass runs, ``threads`` only on a CPU, ``overrides`` are environment variables that are set.
+    ``alignment`` stands for the places in memory of a loaded model's weights where they are not 64-byte aligned: a
+    CPU's GEMM reads them in another order then.
+    """
+
+    policy: str
+    dtype: str
+    kernels: str
+    device: str
+    device_model: str
+    compute_capability: str | None = None
+    sm_count: int | None = None
+    instruction_set: str | None = None
+    threads: int | None = None
+    alignment: str | None = None
+    torch: str
+    cuda: str | None = None
+    triton: str | None = None
+    transformers: str | None = None
+    float32_matmul_precision: str | None = None
+    reduced_precision: str | None = None
+    attention_backends: str | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def static_cache(self) -> bool:
+        """Return whether the KV cache has a fixed length."""
+        return "-static/" in self.kernels
+
+    @cached_property
+    def digest(self) -> str:
+        """Return SHA-256, in hexadecimal, of the fields that apply."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
+        """Return the fields in which two numerics differ: name -> (self's value, other's value)."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+    def summary(self) -> str:
+        """Return policy, dtype and device in a few words."""
+        return f"{self.policy} {self.dtype} on {self.device_model}"

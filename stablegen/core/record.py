@@ -1,0 +1,117 @@
+"""What the cache stores: what was asked, what came out, and how it was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any, Literal, NamedTuple
+
+from stablegen.core.numerics import Numerics
+from stablegen.core.policy import Shape
+from stablegen.core.request import Request
+from stablegen.core.trace import Trace
+
+FinishReason = Literal["stop", "length"]
+
+
+class Composition(NamedTuple):
+    """How the batch of a run was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``.
+
+    ``width`` is the padded prompt length in tokens; None where prompts were not padded. ``capacity`` is the length of
+    the KV cache in tokens; None where it was not fixed. ``scored`` as in ``Shape``.
+    """
+
+    rows: int
+    requests: int
+    slot: int
+    width: int | None = None
+    capacity: int | None = None
+    scored: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Return the shape in which the batch ran."""
+        return Shape(self.width, self.capacity, self.scored)
+
+
+class Record(NamedTuple):
+    """What the cache stores: what was asked, what came out, and how it was computed.
+
+    ``trace`` is None in a record that was made elsewhere and cannot be judged; ``untraced`` then holds its tokens.
+    ``created`` is Unix time, ``seconds`` the time from the start of the batch. ``superseded`` is the record that this
+    one replaced, one level deep. ``logprobs``: natural logarithms of the probability of each token of the request's
+    continuation, float32. ``app`` is that of the client which computed it; None where it had none, or was older.
+    """
+
+    key: str
+    request: Request
+    text: str
+    finish_reason: FinishReason
+    trace: Trace | None
+    numerics: Numerics
+    composition: Composition
+    created: float
+    seconds: float
+    superseded: Record | None = None
+    untraced: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    app: str | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the generated token ids, an end token included; of a scored continuation, those of highest score."""
+        return self.untraced if self.trace is None else self.trace.tokens
+
+    @property
+    def whole(self) -> bool:
+        """Return whether the answer ends where its request lets it: with its only end token, or at its length."""
+        params, tokens = self.request.params, self.token_ids
+        if self.request.continuation:
+            return len(tokens) == params.max_new_tokens
+        if self.finish_reason == "stop" and (params.stop_strings or params.stopping_criteria):
+            return params.eos_token_ids == () or not set(tokens[:-1]) & set(params.eos_token_ids)
+        ends = [step for step, token in enumerate(tokens) if token in params.eos_token_ids]
+        return ends == [len(tokens) - 1] if ends else len(tokens) == params.max_new_tokens
+
+    def superseding(self, old: Record | None) -> Record:
+        """Return this record with ``old`` kept behind it, itself stripped of what it had replaced."""
+        return self._replace(superseded=None if old is None else old._replace(superseded=None))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON knows it, for export and display."""
+        trace = None
+        if self.trace is not None:
+            trace = {
+                "tokens": self.trace.tokens,
+                "runner_ups": self.trace.runner_ups,
+                "scores": self.trace.scores,
+                "runner_up_scores": _finite(self.trace.runner_up_scores),
+                "margins": _finite(self.trace.margins),
+                "score_hash": [f"{value:016x}" for value in self.trace.score_hash],
+            }
+        return {
+            "key": self.key,
+            "app": self.app,
+            "prompt": self.request.prompt,
+            "prompt_ids": self.request.prompt_ids,
+            "token_ids": self.token_ids,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "params": self.request.params.for_display(),
+            "model": self.request.model.model_dump(mode="json"),
+            "tokenizer": self.request.tokenizer,
+            "numerics": self.numerics.model_dump(mode="json"),
+            "numerics_digest": self.numerics.digest,
+            "composition": self.composition._asdict(),
+            "created": self.created,
+            "seconds": self.seconds,
+            "continuation": self.request.continuation,
+            "logprobs": self.logprobs,
+            "trace": trace,
+            "superseded": None if self.superseded is None else self.superseded.to_dict(),
+        }
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """Return numbers as JSON knows them: it knows no infinity."""
+    return [value if isfinite(value) else None for value in values]

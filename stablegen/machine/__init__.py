@@ -1,0 +1,1 @@
+"""What hardware and software is there, known without torch."""

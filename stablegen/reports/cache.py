@@ -1,0 +1,411 @@
+"""The whole cache looked over: how its answers are judged, how near to a flip they stand, and what a policy would do.
+
+Nothing is computed anew and nothing is written; neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import fsum, inf, isfinite
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from stablegen.client import Client, Progress, calibration_name, check_name
+from stablegen.core.answer import Basis, Status, Verdict
+from stablegen.core.audit import AuditReport
+from stablegen.core.calibration import Calibration
+from stablegen.core.flagged import FlaggedHit
+from stablegen.core.frozen import Frozen
+from stablegen.core.numerics import Numerics
+from stablegen.core.policy import Invariant, load_policy
+from stablegen.core.record import Record
+from stablegen.engine.invariant.architectures import check_invariant
+from stablegen.errors import PolicyError
+from stablegen.guard.verdicts import judge
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on, processed
+from stablegen.store.base import Store
+
+POLICIES = ("single", "padded:8", "invariant", "native")
+"""Those whose effect on the cache is foretold, beside the client's own."""
+STATUSES: tuple[Status, ...] = get_args(Status)
+EDGES = tuple(10.0 ** (third / 3) for third in range(-18, 7))
+"""Bounds of the bins of margins: three a decade, from a millionth to a hundred."""
+NO_APP = "(no app)"
+Kept = Literal["passed", "failed", "none", "no promise"]
+"""What is known of a policy's promise: its self-checks under the numerics, or that it makes none."""
+
+
+class Margins(Frozen):
+    """How many margins lie between each two of ``EDGES``, ``below`` the first, and ``beyond`` the last."""
+
+    below: int
+    counts: list[int]
+    beyond: int
+
+    @classmethod
+    def of(cls, places: Counter[int]) -> Margins:
+        """Return the distribution of margins by the place of each among ``EDGES``; an infinite one lies beyond."""
+        counts = [places[place] for place in range(1, len(EDGES))]
+        return cls(below=places[0], counts=counts, beyond=places[len(EDGES)])
+
+    @property
+    def total(self) -> int:
+        """Return how many there are."""
+        return self.below + sum(self.counts) + self.beyond
+
+
+class Flag(Frozen):
+    """One flagged hit of an answer: for whom, what it was judged or proven, under which numerics, and when."""
+
+    app: str | None
+    status: Status
+    basis: Basis
+    probability: float | None
+    current: str
+    seen: float
+
+
+class Answer(Frozen):
+    """One cached answer as the table of a report shows it.
+
+    ``apps``: the app that computed it and those it was flagged for. ``mine``: whether the client's model and tokenizer
+    made it. ``verdict``: the guard's under the client's numerics, or what a run under them has proven since.
+    ``step``: its most fragile one, or of smallest margin where no risk is told, with the texts of its two tokens.
+    """
+
+    key: str
+    apps: tuple[str, ...]
+    prompt: str
+    text: str
+    tokens: int
+    model: str
+    mine: bool
+    scored: bool
+    policy: str
+    dtype: str
+    numerics: str
+    created: float
+    verdict: Verdict
+    step: int | None
+    token: str | None
+    runner_up: str | None
+    margin: float | None
+    superseded: bool
+    flagged: list[Flag]
+
+
+class WhatIf(Frozen):
+    """What the cache's answers would be, were misses run under another policy on the same device in the same dtype.
+
+    ``expected``: how many would diverge, the sum of their probabilities. ``unchecked``: answers of these very numerics
+    which would be ``exact`` once a self-check has passed, and are judged by their margins until then. ``prior`` and
+    ``calibrated``: how many verdicts rest on either. ``problem``: why this model cannot run so.
+    """
+
+    policy: str
+    numerics: Numerics | None = None
+    problem: str | None = None
+    current: bool = False
+    self_check: Kept = "none"
+    verdicts: dict[Status, int] = Field(default_factory=dict)
+    expected: float = 0.0
+    unchecked: int = 0
+    prior: int = 0
+    calibrated: int = 0
+
+
+class CacheReport(Frozen):
+    """What a cache holds, as a client sees it.
+
+    ``records`` could be read, ``corrupt`` could not; ``others`` are of another model or tokenizer, and left out of
+    ``what_if``. ``by_app``, ``by_model``, ``by_numerics``: name -> verdict -> answers; an answer of several apps counts
+    for each. ``expected``: divergences, were all recomputed now. ``smallest``: each answer's smallest margin; ``all``:
+    that of every step. ``answers``: the most fragile first. ``audit``: the newest kept, of this model and numerics
+    where there is one.
+    """
+
+    path: str
+    model: str
+    numerics: Numerics
+    app: str | None
+    accepted_risk: float
+    made: float
+    size: int
+    records: int
+    corrupt: int
+    others: int
+    verdicts: dict[Status, int]
+    by_app: dict[str, dict[Status, int]]
+    by_model: dict[str, dict[Status, int]]
+    by_numerics: dict[str, dict[Status, int]]
+    expected: float
+    smallest: Margins
+    all: Margins
+    what_if: list[WhatIf]
+    audit: AuditReport | None
+    answers: list[Answer]
+
+
+@dataclass(slots=True)
+class _Guard:
+    """Judges records under any numerics by what a store knows; each check and calibration is read once."""
+
+    store: Store
+    accepted_risk: float
+    calibrations: dict[str, Calibration | None] = field(default_factory=dict)
+
+    def judge(self, record: Record, numerics: Numerics) -> Verdict:
+        current = processed(numerics) if record.request.params.processed else numerics
+        check = None
+        if record.numerics.digest == current.digest:
+            check = self.store.get_check(check_name(record.request.model, current, record.composition.shape))
+        name = calibration_name(record.request.model, record.numerics, current)
+        if name not in self.calibrations:
+            self.calibrations[name] = self.store.get_calibration(name)
+        return judge(
+            record, current, check=check, accepted_risk=self.accepted_risk, calibration=self.calibrations[name]
+        )
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a policy would do, counted as the records go by."""
+
+    what_if: WhatIf
+    verdicts: Counter[Status] = field(default_factory=Counter)
+    risks: list[float] = field(default_factory=list)
+    bases: Counter[Basis] = field(default_factory=Counter)
+    unchecked: int = 0
+
+    def add(self, record: Record, verdict: Verdict) -> None:
+        self.verdicts[verdict.status] += 1
+        self.bases[verdict.basis] += 1
+        if verdict.probability is not None:
+            self.risks.append(verdict.probability)
+        same = self.what_if.numerics is not None and record.numerics.policy == self.what_if.policy
+        if same and verdict.status != "exact" and self.what_if.self_check == "none":
+            assert self.what_if.numerics is not None
+            wanted = self.what_if.numerics
+            wanted = processed(wanted) if record.request.params.processed else wanted
+            self.unchecked += record.numerics.digest == wanted.digest
+
+    def result(self) -> WhatIf:
+        if self.what_if.problem is not None:
+            return self.what_if
+        return self.what_if.model_copy(
+            update={
+                "verdicts": {status: self.verdicts[status] for status in STATUSES},
+                "expected": fsum(self.risks),
+                "unchecked": self.unchecked,
+                "prior": self.bases["prior"],
+                "calibrated": self.bases["calibrated"],
+            }
+        )
+
+
+def survey(client: Client, *, progress: Progress | None = None, clock: Callable[[], float] = time.time) -> CacheReport:
+    """Return what a client's cache holds, each answer judged under the client's numerics.
+
+    An entry that cannot be read is reported (``CacheEntryWarning``) and counted.
+    """
+    store = client.store
+    flagged: dict[str, list[FlaggedHit]] = {}
+    for hit in store.flagged():
+        flagged.setdefault(hit.key, []).append(hit)
+    guard = _Guard(store, client.accepted_risk)
+    tallies = [_Tally(one) for one in _foreseen(client)]
+    keys = store.keys()
+    records = corrupt = others = 0
+    answers: list[tuple[Answer, str, str]] = []
+    smallest: Counter[int] = Counter()
+    margins: Counter[int] = Counter()
+    for count, key in enumerate(keys, 1):
+        record = store.get(key)
+        if record is None:
+            corrupt += 1
+            continue
+        records += 1
+        mine = client.answers_for(record)
+        others += not mine
+        verdict = client.judge(record)
+        if record.trace is not None and len(record.trace):
+            places = [bisect_right(EDGES, margin) for margin in record.trace.margins]
+            margins.update(places)
+            smallest[min(places)] += 1
+        for tally in tallies if mine else ():
+            numerics = tally.what_if.numerics
+            if numerics is not None:
+                tally.add(record, verdict if tally.what_if.current else guard.judge(record, numerics))
+        identity = " ".join(record.request.model.identity.values())
+        answer = _answer(client, record, verdict, flagged.get(key, []), mine=mine)
+        answers.append((answer, identity, record.numerics.summary()))
+        if progress is not None and count % 50 == 0:
+            progress(count, len(keys))
+    told = _named(answers)
+    return CacheReport(
+        path=str(store.path),
+        model=client.model_name,
+        numerics=client.numerics,
+        app=client.app,
+        accepted_risk=client.accepted_risk,
+        made=clock(),
+        size=store.stats().size,
+        records=records,
+        corrupt=corrupt,
+        others=others,
+        verdicts=_verdicts(told),
+        by_app=_grouped(told, lambda one: one.apps or (NO_APP,)),
+        by_model=_grouped(told, lambda one: (one.model,)),
+        by_numerics=_grouped(told, lambda one: (one.numerics,)),
+        expected=fsum(one.verdict.probability or 0.0 for one in told),
+        smallest=Margins.of(smallest),
+        all=Margins.of(margins),
+        what_if=[tally.result() for tally in tallies],
+        audit=_audit(client),
+        answers=sorted(told, key=fragility),
+    )
+
+
+def fragility(answer: Answer) -> tuple[int, float, float]:
+    """Return what sorts answers from the most fragile to the safest: verdict, then probability, then margin."""
+    rank = ("diverged", "at_risk", "unknown", "stable", "exact").index(answer.verdict.status)
+    return rank, -(answer.verdict.probability or 0.0), inf if answer.margin is None else answer.margin
+
+
+def proven(record: Record, flagged: Iterable[FlaggedHit], current: Numerics) -> Verdict | None:
+    """Return what the newest run under ``current`` has proven of this very answer; None where none was kept."""
+    proofs = [
+        hit
+        for hit in flagged
+        if hit.verdict.basis == "verified"
+        and hit.recorded_digest == record.numerics.digest
+        and hit.current_digest == current.digest
+        and hit.seen >= record.created
+    ]
+    return max(proofs, key=lambda hit: hit.seen).verdict if proofs else None
+
+
+def _foreseen(client: Client) -> list[WhatIf]:
+    """Return the policies to be foretold, with the numerics under which each would run here."""
+    own = str(client.policy)
+    found = []
+    for name in POLICIES if own in POLICIES else (own, *POLICIES):
+        policy = load_policy(name)
+        if name == own:
+            numerics = client.numerics
+        else:
+            try:
+                if isinstance(policy, Invariant):
+                    check_invariant(client.source.config)
+            except PolicyError as error:
+                found.append(WhatIf(policy=name, problem=error.problem))
+                continue
+            device = find_device(client.numerics.device, client.numerics.dtype)
+            static = allows_static_cache(client.source.config)
+            numerics = numerics_on(device, policy, client.numerics.dtype, static_cache=static)
+        kept: Kept = "no promise"
+        if policy.promises:
+            digests = {numerics.digest, processed(numerics).digest}
+            checks = [check.passed for check in client.store.checks() if check.numerics.digest in digests]
+            kept = "none" if not checks else "passed" if all(checks) else "failed"
+        found.append(WhatIf(policy=name, numerics=numerics, current=name == own, self_check=kept))
+    return found
+
+
+def _answer(client: Client, record: Record, verdict: Verdict, flagged: list[FlaggedHit], *, mine: bool) -> Answer:
+    request, trace = record.request, record.trace
+    own = request.tokenizer == client.tokenizer.digest
+    verdict = proven(record, flagged, client.numerics_for(request)) or verdict
+    step, token, runner_up, margin = verdict.step, verdict.token, verdict.runner_up, verdict.margin
+    if step is None and trace is not None and len(trace):
+        step = min(range(len(trace)), key=trace.margins.__getitem__)
+        token, runner_up, margin = trace.tokens[step], trace.runner_ups[step], trace.margins[step]
+    prompt = request.prompt
+    if prompt is None:
+        ids = request.prompt_ids
+        prompt = client.tokenizer.decode(ids) if own else f"{len(ids)} token ids"
+    apps = dict.fromkeys(app for app in (record.app, *(hit.app for hit in flagged)) if app is not None)
+    return Answer(
+        key=record.key,
+        apps=tuple(apps),
+        prompt=prompt,
+        text=record.text,
+        tokens=len(record.token_ids),
+        model=request.model.name,
+        mine=mine,
+        scored=bool(request.continuation),
+        policy=record.numerics.policy,
+        dtype=record.numerics.dtype,
+        numerics=record.numerics.summary(),
+        created=record.created,
+        verdict=verdict,
+        step=step,
+        token=_text(client, token, own=own),
+        runner_up=_text(client, runner_up, own=own),
+        margin=margin if margin is not None and isfinite(margin) else None,
+        superseded=record.superseded is not None,
+        flagged=[
+            Flag(
+                app=hit.app,
+                status=hit.verdict.status,
+                basis=hit.verdict.basis,
+                probability=hit.verdict.probability,
+                current=hit.current,
+                seen=hit.seen,
+            )
+            for hit in flagged
+        ],
+    )
+
+
+def _text(client: Client, token: int | None, *, own: bool) -> str | None:
+    if token is None:
+        return None
+    return client.tokenizer.token(token) if own else str(token)
+
+
+def _named(answers: list[tuple[Answer, str, str]]) -> list[Answer]:
+    """Return answers with models told apart that have one name and are not the same."""
+    identities: dict[str, set[str]] = {}
+    for answer, identity, _ in answers:
+        identities.setdefault(answer.model, set()).add(identity)
+    return [
+        answer
+        if len(identities[answer.model]) == 1
+        else answer.model_copy(update={"model": f"{answer.model} ({identity[:8]})"})
+        for answer, identity, _ in answers
+    ]
+
+
+def _verdicts(answers: Iterable[Answer]) -> dict[Status, int]:
+    counts = Counter(answer.verdict.status for answer in answers)
+    return {status: counts[status] for status in STATUSES}
+
+
+def _grouped(answers: list[Answer], names: Callable[[Answer], tuple[str, ...]]) -> dict[str, dict[Status, int]]:
+    """Return name -> verdict -> answers, the largest group first."""
+    groups: dict[str, list[Answer]] = {}
+    for answer in answers:
+        for name in names(answer):
+            groups.setdefault(name, []).append(answer)
+    return {name: _verdicts(group) for name, group in sorted(groups.items(), key=lambda item: -len(item[1]))}
+
+
+def _audit(client: Client) -> AuditReport | None:
+    """Return the newest audit of the client's model and numerics, or of any; None where none was kept."""
+    kept = client.store.audits()
+    fitting = [one for one in kept if one.numerics.digest == client.numerics.digest and one.model == client.model_name]
+    return (fitting or kept)[-1] if kept else None
+
+
+def rests_on(one: WhatIf) -> str:
+    """Return in words what the verdicts under a policy rest on."""
+    parts = [f"{count} {name}" for name, count in (("calibrated", one.calibrated), ("prior", one.prior)) if count]
+    if one.unchecked:
+        parts.append(f"{one.unchecked} exact once a self-check has passed")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""Where a model comes from: a checkpoint, the hub, a live transformers model."""
