@@ -14,25 +14,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypedDict, get_args
 
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from stablegen.core.policy import ExecutionPolicy, load_policy, policy_forms
+from stablegen.core.verdict import DEFAULT_ACCEPTED_RISK, OnRisk
 from stablegen.errors import ConfigError, PolicyError
-from stablegen.guard.verdicts import DEFAULT_ACCEPTED_RISK, OnRisk
 from stablegen.machine.device import Dtype
 
 _FILE, _PYPROJECT = "stablegen.toml", "pyproject.toml"
 _APP, _CONFIG = "STABLEGEN_APP", "STABLEGEN_CONFIG"
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    "policy": ("single", "padded:N", "invariant", "native"),
     "dtype": get_args(Dtype),
     "device": ("auto", "cpu", "cuda", "cuda:N"),
     "on_risk": get_args(OnRisk),
 }
 _ACCEPTED: Mapping[str, str] = {key: ", ".join(words) for key, words in _CHOICES.items()} | {
+    "policy": "the name of a policy",
     "model": "a hub id such as 'gpt2', or a local folder such as './models/mine'",
     "revision": "a branch, tag or commit of the hub",
     "cache_dir": "a folder such as '~/answers'",
@@ -40,6 +41,31 @@ _ACCEPTED: Mapping[str, str] = {key: ", ".join(words) for key, words in _CHOICES
     "size_limit": "a positive number of bytes, or a string such as '500MB' or '2GiB'",
     "kv_cache_size": "a positive number of bytes, or a string such as '500MB' or '2GiB'",
 }
+
+
+class ClientSettings(TypedDict, total=False):
+    """What every way to make a client takes.
+
+    What is None or not given comes from the environment (``STABLEGEN_POLICY`` ...), from the app's settings, from the
+    ``[defaults]`` of the configuration file, and last from what stands below in brackets.
+    """
+
+    policy: str | ExecutionPolicy | None
+    """How misses run [``invariant`` where the model can run under it, ``single`` where not]."""
+    dtype: str | None
+    """A checkpoint's: ``float32``, ``float16`` or ``bfloat16`` [``float32``]; a live model has its own."""
+    device: str | None
+    """A checkpoint's: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` [``auto``]; a live model has its own."""
+    on_risk: OnRisk | None
+    """What happens to a flagged hit: ``serve``, ``warn``, ``verify``, ``recompute`` or ``raise`` [``warn``]."""
+    accepted_risk: float | None
+    """The probability of divergence up to which a hit is stable [0.005]."""
+    cache_dir: str | Path | None
+    """The folder of the cache [the user's cache folder]."""
+    size_limit: int | None
+    """Bytes that the cache may take [None: nothing is ever evicted]."""
+    kv_cache_size: int | None
+    """Bytes that keys and values may take in a batch-invariant engine [None: 2 GiB on a GPU, 1 GiB on a CPU]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +98,15 @@ class Settings(BaseSettings):
     Raises ConfigError for an unknown key or a bad value.
     """
 
-    # The built-in values need no check, which would load the policies at every construction.
+    # the built-in values need no check
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     model: str | None = Field(None, min_length=1, description="Hub id or local folder; None is the embedded tiny-gpt2.")
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit; None is the hub's newest.")
-    policy: str = Field("invariant", description="Execution policy: single, padded:N, invariant or native.")
+    policy: str | None = Field(
+        None,
+        description=f"Execution policy: {', '.join(policy_forms())}; None is the best that the model can run under.",
+    )
     dtype: Dtype = Field("float32", description="Number format of the weights and the computation.")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", description="Where to compute.")
     cache_dir: Path | None = Field(None, description="Folder of the cache; None is the user's platform cache folder.")
@@ -123,8 +152,6 @@ class Settings(BaseSettings):
     @field_validator("policy", mode="before")
     @classmethod
     def _load_policy(cls, value: Any) -> str:
-        from stablegen.core.policy import load_policy  # whoever keeps the built-in policy need not load it here
-
         return load_policy(value).spec
 
     @field_validator("accepted_risk", "size_limit", "kv_cache_size", mode="before")
@@ -301,7 +328,7 @@ def _explain(error: ValidationError, layers: Iterable[Layer]) -> ConfigError:
     return ConfigError(
         f"{key} = {value!r:.80} ({origin}){reason}",
         accepted=policy.accepted if policy and policy.accepted else _ACCEPTED[key],
-        hint=_near(str(value), _CHOICES.get(key, ())),
+        hint=_near(str(value), policy_forms() if key == "policy" else _CHOICES.get(key, ())),
     )
 
 

@@ -20,6 +20,7 @@
     │   └── DeviceMemoryError        the batch did not fit
     ├── EngineError
     │   ├── NonFiniteScoresError     scores became NaN or infinite; never cached
+    │   ├── TeacherForcingError      the engine cannot score given tokens
     │   └── NumericsChangedError     the device is not the one the client planned for
     ├── CacheError
     │   ├── CacheDirectoryError      unwritable, or not a directory
@@ -28,6 +29,7 @@
     │   ├── CorruptEntryError        an entry that fails its checks
     │   └── RecordNotFoundError (KeyError)  no record under that key
     ├── CalibrationError             too little data to calibrate by
+    ├── ClientClosedError            the client was closed
     ├── DivergenceRiskError          a flagged hit under ``on_risk="raise"``
     └── MissingPackageError          an optional package that is not installed
 
@@ -43,7 +45,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stablegen.core.answer import Completion, Verdict
+    from stablegen.core.answer import Completion
+    from stablegen.core.verdict import Verdict
 
 
 class StablegenError(Exception):
@@ -139,6 +142,10 @@ class NonFiniteScoresError(EngineError):
     """Scores that became NaN or infinite at some step; nothing of such a run is cached."""
 
 
+class TeacherForcingError(EngineError):
+    """The engine cannot score tokens that it is given, which verifying and calibrating take."""
+
+
 class NumericsChangedError(EngineError):
     """The loaded engine computes under other numerics than the client had planned for."""
 
@@ -174,6 +181,10 @@ class DivergenceRiskError(StablegenError):
         super().__init__(problem, hint=hint)
         self.key = key
         self.verdict = verdict
+
+
+class ClientClosedError(StablegenError):
+    """A client was used after it was closed."""
 
 
 class CalibrationError(StablegenError):

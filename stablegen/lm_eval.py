@@ -1,6 +1,6 @@
 """lm-evaluation-harness over a client: the model ``stablegen``, the same digits at every ``--batch_size``.
 
-``import stablegen.lm_eval`` registers it, and ``python -m stablegen.lm_eval`` is lm-eval's own command with it:
+Importing ``stablegen.lm_eval`` registers it, and ``python -m stablegen.lm_eval`` is lm-eval's own command with it:
 ``python -m stablegen.lm_eval run --model stablegen --model_args pretrained=gpt2,policy=invariant --tasks ...``.
 """
 

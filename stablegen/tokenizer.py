@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from stablegen.errors import CheckpointError, ModelError, ParameterError, PromptError
-from stablegen.machine.digests import DigestMemory
 
 
 class Tokenizer:
@@ -26,15 +25,15 @@ class Tokenizer:
         return cls(None, "")
 
     @classmethod
-    def from_file(cls, file: Path, memory: DigestMemory) -> Tokenizer:
-        """Return the tokenizer of a ``tokenizer.json``; raise ``CheckpointError`` where it is not one."""
+    def from_file(cls, file: Path, digest: str) -> Tokenizer:
+        """Return the tokenizer of a ``tokenizer.json``, known by its digest; raise ``CheckpointError`` if it is none."""
         from tokenizers import Tokenizer as Backend
 
         try:
             backend = _whole(Backend.from_file(str(file)))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
-        return cls(backend, memory.digest(file))
+        return cls(backend, digest)
 
     @classmethod
     def from_object(cls, tokenizer: Any) -> Tokenizer:
@@ -90,6 +89,10 @@ class Tokenizer:
             return str(index)
         text = str(self._backend.decode([index], skip_special_tokens=False))
         return text if text and "\ufffd" not in text else str(self._backend.id_to_token(index))
+
+    def quoted(self, index: int) -> str:
+        """Return the text of one token in quotes."""
+        return repr(self.token(index))
 
     def is_of(self, tokenizer: Any) -> bool:
         """Return whether a transformers tokenizer, or one of ``tokenizers``, is this one."""

@@ -37,12 +37,12 @@ from stablegen.core.request import ModelIdentity, Request
 from stablegen.core.trace import Trace
 from stablegen.engine.base import Engine
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.invariant.kv_cache import KVCache, Lease
 from stablegen.engine.invariant.scheduler import Piece, Scheduler
 from stablegen.engine.loading import kernels_for, wrap_model
 from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
-from stablegen.kernels.reference import ReferenceKernels, best_two
+from stablegen.kernels.reference import ReferenceKernels, summarise_rows
 from stablegen.machine.plan import find_device, numerics_on
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -94,17 +94,17 @@ def make_engine(name: str, policy: str, dtype: str, device: str = "cpu") -> Engi
 shared_engine = cache(make_engine)
 
 
-def invariant_engine(name: str, dtype: str, device: str = "cpu", **settings: Any) -> GPT2Engine:
+def invariant_engine(name: str, dtype: str, device: str = "cpu", **settings: Any) -> InvariantEngine:
     """Return a new engine of ``invariant``, with the engine's own settings, over weights that are loaded once."""
     shared = shared_engine(name, "invariant", dtype, device)
-    assert isinstance(shared, GPT2Engine)
-    return GPT2Engine(shared.model, shared.numerics, **settings)
+    assert isinstance(shared, InvariantEngine)
+    return InvariantEngine(shared.model, shared.numerics, **settings)
 
 
 def own_model(name: str, dtype: str, device: str = "cpu") -> GPT2:
     """Return stablegen's own forward pass over a GPT-2."""
     engine = shared_engine(name, "invariant", dtype, device)
-    assert isinstance(engine, GPT2Engine)
+    assert isinstance(engine, InvariantEngine)
     return engine.model
 
 
@@ -146,7 +146,7 @@ def run(engine: Engine, batch: Batch, *, warm: bool = False) -> dict[int, Answer
 
     Unless ``warm``, nothing is taken from an earlier batch: what was right there would hide what is wrong here.
     """
-    if isinstance(engine, GPT2Engine) and not warm:
+    if isinstance(engine, InvariantEngine) and not warm:
         engine.forget()
     rows: dict[int, list[torch.Tensor]] = {}
     done = list(engine.generate(batch, lambda slot, scores: rows.setdefault(slot, []).append(scores.clone())))
@@ -156,7 +156,7 @@ def run(engine: Engine, batch: Batch, *, warm: bool = False) -> dict[int, Answer
     said = [step for one in done for step in _steps(one.trace)]
     assert len(seen) == len(said)
     for start in range(0, len(seen), 128):
-        best = best_two(torch.stack(seen[start : start + 128]))
+        best = summarise_rows(torch.stack(seen[start : start + 128]))
         hashes = [value & 0xFFFFFFFFFFFFFFFF for value in best.hashes.tolist()]
         assert [(*pair, value) for pair, value in zip(best.tokens.tolist(), hashes, strict=True)] == said[
             start : start + 128
@@ -170,7 +170,7 @@ def _steps(trace: Trace) -> list[tuple[int, int, int]]:
 
 def traces(engine: Engine, batch: Batch) -> dict[int, Trace]:
     """Return the traces of a batch by slot, as the engine runs where nobody looks at its scores."""
-    if isinstance(engine, GPT2Engine):
+    if isinstance(engine, InvariantEngine):
         engine.forget()
     return {one.composition.slot: one.trace for one in engine.generate(batch)}
 
@@ -389,7 +389,7 @@ def compare_needle(
 
 
 def compare_interleaved(
-    comparison: Comparison, engine: GPT2Engine, needle: Request, vocabulary: int, lengths: Sequence[int]
+    comparison: Comparison, engine: InvariantEngine, needle: Request, vocabulary: int, lengths: Sequence[int]
 ) -> None:
     """Compute a long neighbour's prompt in chunks while the needle decodes, in the very same passes."""
     expected = alone(engine, needle).scores
@@ -413,7 +413,7 @@ def compare_interleaved(
             comparison.add(f"{where}, the long one", expected_long, answers[rows.index(long)].scores)
 
 
-def compare_limits(comparison: Comparison, make: Callable[..., GPT2Engine], requests: Sequence[Request]) -> None:
+def compare_limits(comparison: Comparison, make: Callable[..., InvariantEngine], requests: Sequence[Request]) -> None:
     """Bound rows, pages and chunks so that requests wait for each other and take each other's slots and pages."""
     batch = Batch(tuple(requests))
     expected = run(make(), batch)
@@ -432,7 +432,7 @@ def compare_limits(comparison: Comparison, make: Callable[..., GPT2Engine], requ
                 comparison.add(f"{settings}{again}", expected[slot].scores, answer.scores)
 
 
-def compare_prefixes(comparison: Comparison, make: Callable[..., GPT2Engine], vocabulary: int) -> None:
+def compare_prefixes(comparison: Comparison, make: Callable[..., InvariantEngine], vocabulary: int) -> None:
     """Share beginnings of 64 and 192 tokens in one batch and with a batch before; compare with engines that are new."""
     base = make_ids(50, 192, vocabulary)
     shapes = [(192, 20), (64, 1), (192, 1), (64, 30), (192, 0), (0, 5), (64, 0), (192, 45)]
@@ -453,7 +453,7 @@ def compare_prefixes(comparison: Comparison, make: Callable[..., GPT2Engine], vo
 
 
 def compare_out_of_memory(
-    comparison: Comparison, make: Callable[..., GPT2Engine], vocabulary: int, operations: Sequence[str]
+    comparison: Comparison, make: Callable[..., InvariantEngine], vocabulary: int, operations: Sequence[str]
 ) -> None:
     """Let an operation find no memory: in a prefill, in decoding, in recording a graph, when some have finished."""
     budgets = (3, 12, 40)
@@ -482,7 +482,7 @@ def compare_prefill_with_decode(comparison: Comparison, engine: Engine, request:
         comparison.add(f"prefilled to step {step}", decoded.scores[step : step + 1], alone(engine, longer).scores)
 
 
-def compare_forced(comparison: Comparison, engine: GPT2Engine, requests: Sequence[Request]) -> None:
+def compare_forced(comparison: Comparison, engine: InvariantEngine, requests: Sequence[Request]) -> None:
     """Give the engine answers that it has decoded, all at once, then with a token edited; compare every step's hash."""
     decoded = traces(engine, Batch(tuple(requests)))
     answers = [(request, decoded[slot].tokens) for slot, request in enumerate(requests)]
@@ -500,7 +500,7 @@ def compare_forced(comparison: Comparison, engine: GPT2Engine, requests: Sequenc
         assert trace.tokens[step] == decoded[slot].tokens[step], (slot, step)
 
 
-def compare_edges(comparison: Comparison, engine: GPT2Engine, vocabulary: int) -> None:
+def compare_edges(comparison: Comparison, engine: InvariantEngine, vocabulary: int) -> None:
     """Decode over every edge of a page, up to the context's end; compare with one prefill of prompt and answer."""
     model = engine.model
     starts = [*range(PAGE - 3, model.context - 6, PAGE), model.context - 6]
@@ -517,7 +517,7 @@ def compare_edges(comparison: Comparison, engine: GPT2Engine, vocabulary: int) -
         comparison.add(f"decoded from {length} on, beside", prefilled, found["beside short ones"][20 + i].scores)
 
 
-def compare_whole_context(comparison: Comparison, engine: GPT2Engine, vocabulary: int) -> None:
+def compare_whole_context(comparison: Comparison, engine: InvariantEngine, vocabulary: int) -> None:
     """Decode from the first token to the context's end; compare with one prefill of it all."""
     model = engine.model
     request = make_request(make_ids(6, 1, vocabulary), model.context - 1)
@@ -724,17 +724,17 @@ def exact_weights(size: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def exact_engine(size: str, dtype: str, device: str = "cpu", kernels: Any = None, **settings: Any) -> GPT2Engine:
+def exact_engine(size: str, dtype: str, device: str = "cpu", kernels: Any = None, **settings: Any) -> InvariantEngine:
     """Return an engine of ``invariant`` over ``exact_weights``."""
     target = torch.device(device)
     kernels = kernels or kernels_for(target)
     config = {"model_type": "gpt2", **SIZES_OF_MODEL[size]}
     model = GPT2(config, exact_weights(size), kernels, dtype=getattr(torch, dtype), device=target)
     numerics = numerics_on(find_device(device, dtype), load_policy("invariant"), dtype)
-    return GPT2Engine(model, numerics, **settings)
+    return InvariantEngine(model, numerics, **settings)
 
 
-def answers_to_keep(engine: GPT2Engine) -> list[str]:
+def answers_to_keep(engine: InvariantEngine) -> list[str]:
     """Return a digest of each answer to a fixed set of requests: its tokens, and the hashes of its score rows."""
     vocabulary, context = engine.model.vocabulary, engine.model.context
     lengths = [min(length, context - 8) for length in (1, 21, 63, 64, 65, 130, 200, 300, 513, 900)]
@@ -780,7 +780,7 @@ def obstacle(kept: Mapping[str, Any], dtype: str, here: Numerics) -> str | None:
     return f"recorded on {kept['device']} under other numerics: {', '.join(told)}" if told else None
 
 
-def compare_replayed(comparison: Comparison, kept: Mapping[str, Any], dtype: str, engine: GPT2Engine) -> None:
+def compare_replayed(comparison: Comparison, kept: Mapping[str, Any], dtype: str, engine: InvariantEngine) -> None:
     """Compare what another machine recorded with what this one computes."""
     there, here = kept["dtypes"][dtype]["answers"], answers_to_keep(engine)
     for i, (old, new) in enumerate(zip(there, here, strict=True)):

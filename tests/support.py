@@ -15,14 +15,13 @@ from typing import Any
 
 import stablegen
 from stablegen.client import Client
-from stablegen.core.answer import SelfCheck, Verdict
 from stablegen.core.audit import AuditReport, Bin, Share
-from stablegen.core.flagged import FlaggedHit
 from stablegen.core.numerics import Numerics
 from stablegen.core.params import GenerationParams
 from stablegen.core.record import Composition, Record
 from stablegen.core.request import ModelIdentity, Request
 from stablegen.core.trace import Trace
+from stablegen.core.verdict import FlaggedHit, SelfCheck, Verdict
 from stablegen.reports.audit import curve
 
 TINY = Path(stablegen.__file__).parent / "models" / "tiny-gpt2"
@@ -33,7 +32,9 @@ def numerics(**changes: Any) -> Numerics:
     fields = {
         "policy": "single",
         "dtype": "float32",
-        "kernels": "transformers-sdpa/1",
+        "engine": "transformers",
+        "engine_version": 1,
+        "attention": "sdpa",
         "device": "cpu",
         "device_model": "a processor",
         "threads": 2,
@@ -77,7 +78,7 @@ def record(
         "finish_reason": "length",
         "trace": trace(margins, score=score) if traced is None else traced,
         "numerics": numerics(),
-        "composition": Composition(1, 1, 0, None),
+        "composition": Composition(1, 1, 0),
         "created": 1_700_000_000.25,
         "seconds": 0.5,
     }

@@ -134,7 +134,13 @@ CASES: list[Case] = [
     ("beams", generate(IDS, num_beams=4), UnsupportedParameterError, "beam search", "num_beams=1"),
     ("an argument unknown", generate(IDS, max_tokens=4), ParameterError, "max_tokens", "refuses"),
     ("nothing to continue", lambda given: given.client.score("Hello", ""), PromptError, "empty", "one token"),
-    ("two kinds", lambda given: given.client.score(["Hello"], [[1]]), PromptError, "two kinds", "two texts"),
+    (
+        "two kinds",
+        lambda given: given.client.score(["Hello"], [[1]]),
+        PromptError,
+        "a prompt is str and its continuation list",
+        "two strings",
+    ),
     ("another mask", generate(IDS, attention_mask=IDS[:, :2]), AttentionMaskError, "(1, 2)", "equal shapes"),
     (
         "a mask with holes",
@@ -197,10 +203,10 @@ def test_a_named_error(
 
 
 def test_nothing_of_a_call_with_bad_input_is_run(asking: Client) -> None:
-    before = asking.store.stats().records
+    before = asking.cache.stats().records
     with pytest.raises(PromptError):
         asking.complete(["something new", ""], max_new_tokens=1)
-    assert asking.store.stats().records == before
+    assert asking.cache.stats().records == before
 
 
 def test_right_padding_is_accepted(asking: Client) -> None:

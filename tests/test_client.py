@@ -28,8 +28,9 @@ from support import (
 
 import stablegen
 from stablegen.client import Client, check_name
-from stablegen.core.answer import Completion, SelfCheck
+from stablegen.core.answer import Completion
 from stablegen.core.record import Record
+from stablegen.core.verdict import SelfCheck
 from stablegen.errors import (
     ConfigError,
     DeviceError,
@@ -92,7 +93,7 @@ def tokenizer() -> Any:
 def stored(asking: Client, prompt: str = "Hello", change: Callable[[Record], Record] = near_tie) -> Record:
     """Compute a prompt, then put a changed record in place of its own."""
     made = change(asking.complete(prompt, max_new_tokens=NEW).record)
-    asking.store.put([made])
+    asking.cache.put([made])
     return made
 
 
@@ -301,7 +302,7 @@ def test_a_divergence_is_found_and_replaced(on_risk: str, step: int, tmp_path: P
 def test_an_answer_without_a_trace_is_unknown(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
         asked = asking.request("Hello", max_new_tokens=NEW)
-        asking.store.put([untraced(asked=asked, numerics=numerics())])
+        asking.cache.put([untraced(asked=asked, numerics=numerics())])
         with pytest.warns(MarginWarning, match="'Hello' is unknown: .*no trace"):
             done = asking.complete("Hello", max_new_tokens=NEW)
     assert (done.cached, done.token_ids, done.verdict.status) == (True, (1, 2), "unknown")
@@ -361,7 +362,7 @@ def test_an_interrupt_loses_nothing_finished(policy: str, kept: int, tmp_path: P
     with client(tmp_path, model=small_directory(), policy=policy, accepted_risk=1.0) as asking:
         with pytest.raises(KeyboardInterrupt):
             asking.complete(PROMPTS, max_new_tokens=NEW, progress=stop)
-        assert asking.store.stats().records == kept
+        assert asking.cache.stats().records == kept
     computed.batches.clear()
     with client(tmp_path, model=small_directory(), policy=policy, accepted_risk=1.0) as again:
         done = again.complete(PROMPTS, max_new_tokens=NEW)
@@ -375,7 +376,7 @@ def test_finished_rows_are_written_while_others_go_on(tmp_path: Path, monkeypatc
         asking.complete("Hello", max_new_tokens=NEW)
         stored_then: list[int] = []
         requests = [asking.request("No", max_new_tokens=budget) for budget in (1, 2, 3)]
-        asking.run(requests, progress=lambda *_: stored_then.append(len(asking.store.keys())))
+        asking.run(requests, progress=lambda *_: stored_then.append(len(asking.cache.keys())))
     assert stored_then == [1, 2, 3]  # each row's predecessor is on the disk, though one batch holds all
 
 
@@ -408,7 +409,7 @@ def test_a_request_that_fails_leaves_the_others(policy: str, tmp_path: Path, tok
             asking.complete(["Hello", LONG, "No"], max_new_tokens=NEW)
         done = told.value.completions
         assert sorted(str(completion.record.request.prompt) for completion in done) == ["Hello", "No"]
-        assert sorted(record.key for record in asking.store.records()) == sorted(one.key for one in done)
+        assert sorted(record.key for record in asking.cache.records()) == sorted(one.key for one in done)
         assert all(completion.cached for completion in asking.complete(["Hello", "No"], max_new_tokens=NEW))
 
 
@@ -420,7 +421,7 @@ def test_scores_that_fail_half_way_are_not_cached(tmp_path: Path, tokenizer: Any
         assert length < 50
         with pytest.raises(NonFiniteScoresError, match=f"at step {51 - length} "):
             asking.complete(prompt, max_new_tokens=60, eos_token_id=[])
-        assert list(asking.store.records()) == []
+        assert list(asking.cache.records()) == []
 
 
 @pytest.mark.filterwarnings("ignore::stablegen.errors.PromiseWarning")
@@ -480,7 +481,7 @@ def test_a_record_is_judged_by_the_check_of_its_own_model(tmp_path: Path, tokeni
         made = other.complete("Hello", max_new_tokens=NEW)
         broken = SelfCheck(numerics=other.numerics, passed=False)
         name = check_name(made.record.request.model, other.numerics, made.record.composition.shape)
-        other.store.put_check(name, broken)
+        other.cache.put_check(name, broken)
     with Client(small_gpt2(n_layer=1), tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
         assert asking.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
         assert asking.numerics == made.record.numerics

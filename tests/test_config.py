@@ -31,7 +31,7 @@ accepted_risk = 0.1
 BUILT_IN = {
     "model": None,
     "revision": None,
-    "policy": "invariant",
+    "policy": None,
     "dtype": "float32",
     "device": "auto",
     "cache_dir": None,
@@ -255,7 +255,7 @@ def test_the_nearest_file_is_read_alone(folder: Path) -> None:
     effective = load("chat", start=below / "c")
     assert effective.file == inner
     assert effective.origins["dtype"] == f"[tool.stablegen.apps.chat] in {inner}"
-    assert effective.settings.policy == "invariant", "nothing of the outer file"
+    assert effective.settings.policy is None, "nothing of the outer file"
     beside = write(folder / "a", "[apps.chat]")
     assert load("chat", start=below).file == beside
     assert load().file == outer

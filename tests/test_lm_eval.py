@@ -77,10 +77,10 @@ def test_its_own_model_over_a_stabilized_one_generates_the_same_at_every_batch_s
         stablegen.stabilize(model, tokenizer, policy="invariant", cache_dir=tmp_path / str(batch_size))
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
         found.append(evaluate(wrapped, tasks, TASKS[:1]))
-        assert model.stablegen.store.stats().records == 14
+        assert model.stablegen.cache.stats().records == 14
     assert found[0] == found[1] == plain
     assert evaluate(StablegenLM(client=model.stablegen, batch_size=3), tasks, TASKS[:1]) == plain
-    assert model.stablegen.store.stats().records == 14  # asked either way, the requests are the same
+    assert model.stablegen.cache.stats().records == 14  # asked either way, the requests are the same
     stablegen.restore(model)
 
 

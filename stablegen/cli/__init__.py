@@ -48,12 +48,13 @@ USAGE_ERRORS = (ConfigError, PolicyError, ParameterError, UnsupportedParameterEr
 @config_app.command()
 def show(app_name: App = None, as_json: AsJson = False) -> None:
     """Print each setting in force and where it came from."""
-    from stablegen.client import cache_path
     from stablegen.config import load_settings
+    from stablegen.store.cache import cache_path
 
     effective = load_settings(app_name)
     values = effective.settings.model_dump(mode="json")
     values["model"] = values["model"] or "tiny-gpt2"
+    values["policy"] = values["policy"] or "by the model"
     values["cache_dir"] = str(cache_path(effective.settings.cache_dir))
     if as_json:
         print(json.dumps({name: {"value": value, "origin": effective.origins[name]} for name, value in values.items()}))

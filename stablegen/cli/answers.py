@@ -1,4 +1,4 @@
-"""Generate answers, and look at what is cached: generate, inspect, warnings."""
+"""Generate answers, and show what is cached: generate, inspect, warnings."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from stablegen.cli.shared import (
     make_client,
     new_console,
     new_table,
+    opened_cache,
     opened_output,
-    opened_store,
     optional,
     progress_bar,
     read_input,
@@ -104,7 +104,6 @@ def generate(
             else:
                 keys[line] = request.key
                 requests.append(request)
-        answers: dict[str, Completion] = {}
         stopped: StablegenError | None = None
         try:
             with progress_bar("answers") as progress:
@@ -170,13 +169,15 @@ def inspect(
     device: Device = None,
     app_name: App = None,
     cache_dir: CacheDir = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Load the model, and hold it against a fresh run.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load the model, and verify it against a fresh run.")
+    ] = False,
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a stored answer step by step: token, runner-up, margin, probability of a flip.
 
-    Where another run's answer is known to part from it, both are shown.
+    Where another run's answer is known to diverge from it, both are shown.
     """
     from stablegen.console.answer import render
     from stablegen.reports.answer import inspect as look
@@ -193,7 +194,7 @@ def inspect(
 
         write_answer(seen, html)
     if as_json:
-        known = seen.model_dump(mode="json", include={"verdict", "verification", "partings"})
+        known = seen.model_dump(mode="json", include={"verdict", "verification", "divergences"})
         print(json.dumps(record.to_dict() | known, ensure_ascii=False))
     else:
         render(seen, new_console())
@@ -202,8 +203,8 @@ def inspect(
 @app.command(name="warnings")
 def show_warnings(app_name: App = None, cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """List the hits that were flagged."""
-    with opened_store(app_name, cache_dir) as store:
-        hits = [hit for hit in store.flagged() if app_name is None or hit.app == app_name]
+    with opened_cache(app_name, cache_dir) as (cache, _):
+        hits = [hit for hit in cache.flagged() if app_name is None or hit.app == app_name]
     if as_json:
         for hit in hits:
             print(hit.model_dump_json())

@@ -22,7 +22,7 @@ from stablegen.cli.options import (
     TopK,
     TopP,
 )
-from stablegen.cli.shared import asked_for, make_client, opened_output, opened_store
+from stablegen.cli.shared import asked_for, make_client, opened_cache, opened_output
 
 app = typer.Typer(help="Look at the cache, explain a miss, empty it, export it.", no_args_is_help=True)
 
@@ -32,8 +32,8 @@ def stats(app_name: App = None, cache_dir: CacheDir = None, as_json: AsJson = Fa
     """Print how many records the cache holds and how large it is."""
     from dataclasses import asdict
 
-    with opened_store(app_name, cache_dir) as store:
-        content = {"path": str(store.path), **asdict(store.stats())}
+    with opened_cache(app_name, cache_dir) as (cache, size_limit):
+        content = {"path": cache.where, **asdict(cache.stats()), "size_limit": size_limit}
     if as_json:
         print(json.dumps(content))
         return
@@ -44,8 +44,8 @@ def stats(app_name: App = None, cache_dir: CacheDir = None, as_json: AsJson = Fa
 @app.command()
 def path(app_name: App = None, cache_dir: CacheDir = None) -> None:
     """Print the folder of the cache."""
-    with opened_store(app_name, cache_dir) as store:
-        print(store.path)
+    with opened_cache(app_name, cache_dir) as (cache, _):
+        print(cache.where)
 
 
 @app.command()
@@ -69,10 +69,10 @@ def why(
     with make_client(model, None, None, None, app_name, cache_dir, revision=revision) as client:
         asked = asked_for(max_new_tokens, seed, sample_index, temperature, top_k, top_p, stop)
         request = client.request(prompt, **asked)
-        if client.store.get(request.key) is not None:
+        if client.cache.get(request.key) is not None:
             print(f"a hit: the cache holds an answer under {request.key}")
             return
-        found = explain_miss(request, client.store.records())
+        found = explain_miss(request, client.cache.records())
     if found is None:
         print("a miss: the cache is empty")
         return
@@ -88,10 +88,10 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove every record, flagged hit, self-check, calibration and audit."""
-    with opened_store(app_name, cache_dir) as store:
+    with opened_cache(app_name, cache_dir) as (cache, _):
         if not yes:
-            typer.confirm(f"Remove {store.stats().records} records from {store.path}?", abort=True)
-        print(f"{store.clear()} records removed from {store.path}")
+            typer.confirm(f"Remove {cache.stats().records} records from {cache.where}?", abort=True)
+        print(f"{cache.clear()} records removed from {cache.where}")
 
 
 @app.command()
@@ -101,6 +101,6 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Write to this file instead.")] = None,
 ) -> None:
     """Print every record as JSON, one a line."""
-    with opened_store(app_name, cache_dir) as store, opened_output(out) as write:
-        for record in store.records():
+    with opened_cache(app_name, cache_dir) as (cache, _), opened_output(out) as write:
+        for record in cache.records():
             write(json.dumps(record.to_dict(), ensure_ascii=False))

@@ -10,6 +10,7 @@ import typer
 
 from stablegen.cli.options import App, AsJson, CacheDir, Device, Dtype, Model, PageFile, Policy, Revision
 from stablegen.cli.shared import make_client, new_console, opened_output, progress_bar, read_input, text_of
+from stablegen.core.policy import control_policy
 
 app = typer.Typer()
 
@@ -23,8 +24,8 @@ def calibrate(
         str | None,
         typer.Option(
             "--from",
-            help="POLICY/DTYPE whose answers are scored again, native in the dtype of --to if none; or 'cache': "
-            "the answers that it holds, of whatever numerics.",
+            help="POLICY/DTYPE whose answers are scored again, the control policy in the dtype of --to if not given; "
+            "or 'cache': the answers that the cache holds, whatever their numerics.",
         ),
     ] = None,
     target: Annotated[
@@ -51,10 +52,10 @@ def calibrate(
         stack.enter_context(scoring)
         with progress_bar("answers") as progress:
             if source == "cache":
-                mine = [record for record in scoring.store.records() if scoring.answers_for(record)]
+                mine = [record for record in scoring.cache.records() if scoring.answers_for(record)]
                 found = scoring.calibrate(mine, progress=progress)
             else:
-                policy, dtype = _pair("--from", source, "native", scoring.numerics.dtype)
+                policy, dtype = _pair("--from", source, control_policy().spec, scoring.numerics.dtype)
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stablegen-")))
                 answering = make_client(model, policy, dtype, device, app_name, folder, revision=revision)
                 stack.enter_context(answering)
@@ -76,7 +77,7 @@ def _pair(option: str, given: str | None, policy: str | None, dtype: str | None)
         return policy, dtype
     parts = given.split("/")
     if len(parts) > 2 or not parts[0]:
-        raise typer.BadParameter(f"{option} {given!r} is not POLICY/DTYPE, such as native/bfloat16")
+        raise typer.BadParameter(f"{option} {given!r} is not POLICY/DTYPE, such as {control_policy()}/bfloat16")
     return parts[0], parts[1] if len(parts) == 2 else dtype
 
 
@@ -97,7 +98,7 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate cached answers anew from scratch, and hold the guard's verdicts against what comes of it.
+    """Generate cached answers anew from scratch, and compare the guard's verdicts with the results.
 
     Ends with 1 where an answer called exact was not. No record is changed; what was found is kept for `report`.
     """
@@ -143,7 +144,7 @@ def report(
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look the whole cache over: verdicts, margins, the most fragile answers, and what each policy would do."""
+    """Report on the whole cache: verdicts, margins, the most fragile answers, and what each policy would do."""
     from stablegen.console.cache import render
     from stablegen.reports.cache import survey
 
@@ -178,17 +179,17 @@ def doctor(
     import stablegen
 
     with make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
-        print(f"stablegen {stablegen.__version__}, cache {client.store.path}")
+        print(f"stablegen {stablegen.__version__}, cache {client.cache.where}")
         for name, value in client.numerics.model_dump(exclude_none=True).items():
             print(f"{name:>24}  {value}")
         now = client.self_check()
-        for check in client.store.checks():
-            shape = "" if check.width is None else f", width {check.width}"
-            shape += "" if check.capacity is None else f", capacity {check.capacity}"
-            print(f"{'kept' if check.passed else 'BROKEN'}: {check.numerics.summary()}{shape}")
+        for check in client.cache.self_checks():
+            shape = check.shape.describe()
+            kept = "kept" if check.passed else "BROKEN"
+            print(f"{kept}: {check.numerics.summary()}{', ' if shape else ''}{shape}")
             for name, result in check.checks.items():
                 print(f"    {name}: {result}")
-            if check.passed and check.width is not None and not check.slot_free:
+            if check.passed and check.shape.width is not None and not check.slot_free:
                 print("    so each request stands in slot 0 of a batch of its own")
         if not client.policy.promises:
             print(f"policy {client.policy} promises nothing; hits under it are judged by their margins")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from stablegen.core.policy import policy_forms
+
 
 class OnRiskChoice(StrEnum):
     """What happens to a flagged hit."""
@@ -26,9 +28,9 @@ Temperature = Annotated[float | None, typer.Option(help="What scores are divided
 TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the tokens that make up this share.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given again.")]
-Model = Annotated[str | None, typer.Option(help="Hub name or local directory; the embedded tiny-gpt2 if none.")]
+Model = Annotated[str | None, typer.Option(help="Hub name or local directory; the embedded tiny-gpt2 if not given.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Policy = Annotated[str | None, typer.Option(help="single, padded:N, invariant, or native (the control).")]
+Policy = Annotated[str | None, typer.Option(help=f"How misses run: {', '.join(policy_forms())}.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 App = Annotated[str | None, typer.Option("--app", help="The app whose settings hold.")]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from stablegen.client import Client
-    from stablegen.store.base import Store
+    from stablegen.store.cache import Cache
 
 
 def read_input(prompts: list[str] | None, file: Path | None) -> list[Any]:
@@ -109,17 +109,17 @@ def make_client(
 
 
 @contextmanager
-def opened_store(app_name: str | None, cache_dir: Path | None) -> Iterator[Store]:
-    """Yield the store of an app or a folder."""
-    from stablegen.client import open_store
+def opened_cache(app_name: str | None, cache_dir: Path | None) -> Iterator[tuple[Cache, int | None]]:
+    """Yield the cache of an app or a folder, and the limit of its size in bytes."""
     from stablegen.config import load_settings
+    from stablegen.store.cache import open_cache
 
     settings = load_settings(app_name, cache_dir=cache_dir).settings
-    store = open_store(settings.cache_dir, settings.size_limit)
+    cache = open_cache(settings.cache_dir, settings.size_limit)
     try:
-        yield store
+        yield cache, settings.size_limit
     finally:
-        store.close()
+        cache.close()
 
 
 def listed(values: list[str] | None) -> list[str]:
@@ -139,7 +139,7 @@ def whole(option: str, given: list[str] | None) -> list[int]:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield who hears how far something is and draws it; None where nobody looks."""
+    """Yield a function that draws progress on the terminal; None where standard error is none."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from stablegen.reports.answer import Inspection
+from stablegen.console.tables import say, sheet
+from stablegen.lab.reports.wording import DeviceNames
+from stablegen.reports.answer import Divergence, Inspection
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def render(found: Inspection, console: Console) -> None:
-    """Print an inspection: what is known of the record, where others part from it, and its steps."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
+    """Print an inspection: the record and its verdict, where other runs diverge from it, and its steps."""
     verdict = found.verdict
+    names = _names(found)
+    superseded = found.superseded_numerics
     facts = {
         "key": found.key,
         "app": found.app,
@@ -30,26 +30,42 @@ def render(found: Inspection, console: Console) -> None:
         "batch": ", ".join(f"{name} {value}" for name, value in found.composition.items()),
         "verdict": f"{verdict.status} ({verdict.basis}): {verdict.reason}",
         "p(divergence)": "unknown" if verdict.probability is None else f"{verdict.probability:.3g}",
-        "superseded": None if found.superseded is None else f"{found.superseded!r} by {found.superseded_numerics}",
+        "superseded": None if superseded is None else f"{found.superseded!r} by {names.short[superseded]}",
         "verified": None if found.verification is None else f"{found.verification.status}: {found.verification.reason}",
+        "devices": names.legend if names.several else None,
     }
     for name, value in facts.items():
         if value is not None:
-            console.print(f"{name:>13}  {value}", markup=False, highlight=False)
-    for one in found.partings:
-        ends = [_said(one.older_text, one.older), _said(one.newer_text, one.newer)]
-        rest = "" if one.whole else " (no more of it is known)"
-        for name, value in (
-            ("parts", f"at step {one.step}, {one.source}; shared: {_said(one.shared_text, one.shared)}"),
-            ("", f"{ends[0]} by {one.older_numerics}"),
-            ("", f"{ends[1]} by {one.newer_numerics}{rest}"),
-        ):
-            console.print(f"{name:>13}  {value}", markup=False, highlight=False)
-    if not found.traced:
-        return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("step", "token", "runner-up", "margin", "p(flip)", ""):
-        table.add_column(column, justify="right" if column in ("step", "margin", "p(flip)") else "left")
+            _say_fact(name, value, console)
+    for one in found.divergences:
+        _render_divergence(one, names, console)
+    if found.traced:
+        _render_steps(found, console)
+
+
+def _names(found: Inspection) -> DeviceNames:
+    """Return short names for all numerics that are printed."""
+    others = [name for one in found.divergences for name in (one.older_numerics, one.newer_numerics)]
+    superseded = [] if found.superseded_numerics is None else [found.superseded_numerics]
+    return DeviceNames.of([found.recorded.summary(), *superseded, *others])
+
+
+def _say_fact(name: str, value: str, console: Console) -> None:
+    say(console, f"{name:>13}  {value}")
+
+
+def _render_divergence(one: Divergence, names: DeviceNames, console: Console) -> None:
+    older, newer = _shown(one.older_text, one.older), _shown(one.newer_text, one.newer)
+    rest = "" if one.whole else " (the rest is not known)"
+    _say_fact("diverges", f"at step {one.step}, {one.source}; shared: {_shown(one.shared_text, one.shared)}", console)
+    _say_fact("", f"{older} by {names.short[one.older_numerics]}", console)
+    _say_fact("", f"{newer} by {names.short[one.newer_numerics]}{rest}", console)
+
+
+def _render_steps(found: Inspection, console: Console) -> None:
+    from rich.text import Text
+
+    table = sheet("step", "token", "runner-up", "margin", "p(flip)", "", left=("token", "runner-up", ""))
     fragile = set(found.fragile)
     for place, step in enumerate(found.steps):
         best = (step.token, step.text) if step.best is None else (step.best, step.best_text)
@@ -64,7 +80,7 @@ def render(found: Inspection, console: Console) -> None:
     console.print(table)
 
 
-def _said(text: str | None, ids: Sequence[int]) -> str:
+def _shown(text: str | None, ids: Sequence[int]) -> str:
     return repr(text) if text is not None else " ".join(map(str, ids)) or "nothing"
 
 

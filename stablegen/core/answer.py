@@ -1,44 +1,13 @@
-"""What the caller gets: completions, scores, verifications, and the guard's verdicts."""
+"""What the caller gets: completions, scores and verifications."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import fsum
-from typing import Literal
 
-from pydantic import Field
-
-from stablegen.core.frozen import Frozen
-from stablegen.core.numerics import Numerics
 from stablegen.core.record import Record
 from stablegen.core.trace import Trace
-
-Status = Literal["exact", "stable", "at_risk", "diverged", "unknown"]
-Basis = Literal["numerics", "prior", "calibrated", "verified", "none"]
-
-
-class Verdict(Frozen):
-    """The guard's judgement of one hit under the numerics that would recompute it.
-
-    ``probability`` is that of a divergence anywhere in the answer (None where nothing can be said); ``step`` is the
-    most fragile step or, once ``diverged``, the first that differs, with its ``token``, ``runner_up`` (token ids) and
-    ``margin``. ``basis``
-    says what the probability rests on.
-    """
-
-    status: Status
-    reason: str
-    basis: Basis = "none"
-    probability: float | None = None
-    step: int | None = None
-    token: int | None = None
-    runner_up: int | None = None
-    margin: float | None = None
-
-    @property
-    def flagged(self) -> bool:
-        """Return whether ``on_risk`` applies: anything but ``exact`` and ``stable``."""
-        return self.status not in ("exact", "stable")
+from stablegen.core.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +85,3 @@ class Verification:
         if self.fresh is None or self.verdict.status != "diverged" or step is None:
             return (), ()
         return self.record.token_ids[step:], self.fresh.token_ids[step:]
-
-
-class SelfCheck(Frozen):
-    """Whether a policy keeps its promise under one numerics with one model; ``checks`` says what was compared.
-
-    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``width``, ``capacity`` and
-    ``scored``: the shape that was measured, as in ``Shape``.
-    """
-
-    numerics: Numerics
-    width: int | None = None
-    capacity: int | None = None
-    scored: int | None = None
-    passed: bool
-    slot_free: bool = False
-    checks: dict[str, str] = Field(default_factory=dict)

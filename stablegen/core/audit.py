@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stablegen.core.answer import Verdict
 from stablegen.core.frozen import Frozen
 from stablegen.core.numerics import Numerics
+from stablegen.core.verdict import Verdict
 
 Outcome = Literal["bits", "tokens", "diverged"]
 """What came of computing an answer anew: every score row's bits, the same tokens, or others."""

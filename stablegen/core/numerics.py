@@ -13,6 +13,11 @@ from stablegen.core.frozen import Frozen
 class Numerics(Frozen):
     """How a result is computed: equal ``Numerics`` and a policy that promises mean equal bits.
 
+    ``engine`` names what computes (a kernel set of the batch-invariant engines, or ``transformers``), and
+    ``engine_version`` is raised when it would give other bits. ``attention`` is a transformers model's attention
+    implementation, ``static`` whether the KV cache has a fixed length, ``choosing`` the version of what processes
+    scores and draws tokens, where a request asks for that.
+
     Fields that do not apply are None and leave the digest alone: ``float32_matmul_precision`` (TF32),
     ``reduced_precision`` and ``attention_backends`` are flags of vendor libraries, ``transformers`` matters only where
     its forward pass runs, ``threads`` only on a CPU, ``overrides`` are environment variables that are set.
@@ -22,7 +27,11 @@ class Numerics(Frozen):
 
     policy: str
     dtype: str
-    kernels: str
+    engine: str
+    engine_version: int
+    attention: str | None = None
+    static: bool = False
+    choosing: int | None = None
     device: str
     device_model: str
     compute_capability: str | None = None
@@ -38,11 +47,6 @@ class Numerics(Frozen):
     reduced_precision: str | None = None
     attention_backends: str | None = None
     overrides: tuple[str, ...] = ()
-
-    @property
-    def static_cache(self) -> bool:
-        """Return whether the KV cache has a fixed length."""
-        return "-static/" in self.kernels
 
     @cached_property
     def digest(self) -> str:

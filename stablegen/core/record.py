@@ -15,23 +15,16 @@ FinishReason = Literal["stop", "length"]
 
 
 class Composition(NamedTuple):
-    """How the batch of a run was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``.
-
-    ``width`` is the padded prompt length in tokens; None where prompts were not padded. ``capacity`` is the length of
-    the KV cache in tokens; None where it was not fixed. ``scored`` as in ``Shape``.
-    """
+    """How a batch was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``, and its ``shape``."""
 
     rows: int
     requests: int
     slot: int
-    width: int | None = None
-    capacity: int | None = None
-    scored: int | None = None
+    shape: Shape = Shape()
 
-    @property
-    def shape(self) -> Shape:
-        """Return the shape in which the batch ran."""
-        return Shape(self.width, self.capacity, self.scored)
+    def to_dict(self) -> dict[str, int | None]:
+        """Return it as JSON knows it."""
+        return {"rows": self.rows, "requests": self.requests, "slot": self.slot, **self.shape._asdict()}
 
 
 class Record(NamedTuple):
@@ -102,7 +95,7 @@ class Record(NamedTuple):
             "tokenizer": self.request.tokenizer,
             "numerics": self.numerics.model_dump(mode="json"),
             "numerics_digest": self.numerics.digest,
-            "composition": self.composition._asdict(),
+            "composition": self.composition.to_dict(),
             "created": self.created,
             "seconds": self.seconds,
             "continuation": self.request.continuation,

@@ -19,7 +19,7 @@ from stablegen.core.frozen import Frozen
 from stablegen.core.params import GenerationParams, check_named_ids
 from stablegen.errors import ContextLengthError, PromptError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the key and of the record; a cache holding a newer one is refused."""
 
 
@@ -66,6 +66,9 @@ class Request:
     continuation: tuple[int, ...] = ()
     logits_processors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
     stopping_criteria: tuple[Callable[[int], Any], ...] = field(default=(), compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        return hash((self.prompt_ids, self.continuation))
 
     @property
     def complete(self) -> bool:

@@ -1,33 +1,35 @@
-"""What the client asks of an engine; imports no torch, so that planning needs none."""
+"""What a session asks of an engine; imports no torch, so that planning needs none."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from stablegen.core.numerics import Numerics
 from stablegen.core.policy import Batch, Limits
 from stablegen.core.record import Composition, FinishReason
 from stablegen.core.request import Request
 from stablegen.core.trace import Trace
+from stablegen.errors import TeacherForcingError
 
 if TYPE_CHECKING:
     import torch
 
-Observer = Callable[[int, "torch.Tensor"], None]
-"""Sees each step of each request: its slot, and the full score row [V] in float32."""
-Listener = Callable[[int, int, Sequence[int]], None]
-"""Hears the token ids of each request as they are known: its slot, the step of the first, and the ids.
+Observer = Callable[[Request, "torch.Tensor"], None]
+"""Sees each step of each request: the request, and the model's own full score row [V] in float32."""
+Listener = Callable[[Request, int, Sequence[int]], None]
+"""Hears the token ids of each request as they are known: the request, the step of the first, and the ids.
 
 Where a batch had to begin anew, steps are heard again.
 """
 Stopper = Callable[[Sequence[int]], bool]
 """Says whether an answer's token ids, whose last has just been chosen, are all of it."""
-Follow = Mapping[int, Sequence[int]]
-"""By slot, the token ids of an answer that decoding is led along."""
-Answer = tuple[Request, tuple[int, ...]]
-"""A request, and the token ids of an answer to it, or of its beginning."""
+Answers = Mapping[Request, Sequence[int]]
+"""By request, the token ids of an answer to it, or of the answer's beginning."""
+NO_ANSWERS: Answers = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,55 +47,50 @@ class Generated:
     logprobs: tuple[float, ...] = ()
 
 
-class Engine(Protocol):
-    """Runs planned batches of one model under one ``Numerics``."""
+class Engine(ABC):
+    """Runs planned batches of one model under one ``Numerics``.
+
+    ``limits`` say what planning must know, and whether prefill and decode give the same bits
+    (``prefill_equals_decode``): then ``begun`` may be given to ``generate``, and an answer can be verified in one pass.
+    Generators may be closed early; what has not finished is dropped.
+    """
 
     numerics: Numerics
     limits: Limits
 
+    @abstractmethod
     def generate(
-        self, batch: Batch, observe: Observer | None = None, listen: Listener | None = None
+        self,
+        batch: Batch,
+        observe: Observer | None = None,
+        listen: Listener | None = None,
+        *,
+        begun: Answers = NO_ANSWERS,
     ) -> Generator[Generated, None, None]:
-        """Yield each request of the batch as it finishes; closed early, drop the rest.
+        """Yield each request of the batch as it finishes.
 
-        Of a request with a continuation, the trace tells what would have been chosen at each of its steps. Raises
-        ``NonFiniteScoresError`` for a request whose scores became NaN or infinite, after all others of its batch were
-        yielded; ``DeviceMemoryError`` where the batch does not fit.
+        Of a request with a continuation, the trace tells what would have been chosen at each of its steps. ``begun``:
+        the first tokens of some answers, at whose steps nothing is chosen; what is yielded of those follows them. Only
+        an engine whose ``limits.prefill_equals_decode`` takes it. Raises ``NonFiniteScoresError`` for a request whose
+        scores became NaN or infinite, after all others of its batch were yielded; ``DeviceMemoryError`` where the batch
+        does not fit; ``NumericsChangedError`` where torch's flags are no longer those of ``numerics``.
         """
-        ...
-
-
-@runtime_checkable
-class ForcingEngine(Engine, Protocol):
-    """An engine in which computing an answer's tokens at once gives the scores of decoding them one by one."""
-
-    def force(
-        self, answers: Sequence[Answer], observe: Observer | None = None
-    ) -> Generator[tuple[int, Trace], None, None]:
-        """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
-
-        Raises as ``generate`` does.
-        """
-        ...
-
-    def resume(self, begun: Sequence[Answer]) -> Generator[Generated, None, None]:
-        """Yield what follows the beginnings of answers; ``composition.slot`` is the place. Raises as ``generate``."""
-        ...
-
-    def stopper(self, request: Request) -> Stopper | None:
-        """Return what ends a request's answer besides its end tokens and its length; None where nothing does."""
-        ...
-
-
-@runtime_checkable
-class FollowingEngine(Engine, Protocol):
-    """An engine that can be led along given answers, one step after the other."""
 
     def follow(
-        self, batch: Batch, answers: Follow, observe: Observer | None = None
+        self, batch: Batch, answers: Answers, observe: Observer | None = None
     ) -> Generator[Generated, None, None]:
-        """Yield the requests of a batch, each with what would have been chosen at each step of its answer.
+        """Teacher-force: yield the requests of a batch, each with what would be chosen at each step of its answer.
 
-        Raises as ``generate`` does.
+        Each step sees the answer's own tokens before it, whatever would have been chosen. Raises as ``generate``, and
+        ``TeacherForcingError`` where an engine cannot.
         """
-        ...
+        raise TeacherForcingError(
+            f"{type(self).__name__} cannot score given tokens, so its answers can be neither calibrated nor replayed",
+            hint="Use a client whose policy runs on one of stablegen's own engines",
+        )
+
+    def forget(self) -> None:  # noqa: B027 - most engines share nothing between requests
+        """Let later requests share nothing that earlier ones computed, which moves no bit."""
+
+    def close(self) -> None:  # noqa: B027 - an engine may hold nothing
+        """Release what the engine holds."""

@@ -2,11 +2,11 @@
 
 Each row is processed alone; what follows is exact or elementwise, and is done for all rows at once.
 
-What a step's trace keeps of a sampled token: ``scores`` is its processed score as it stands, ``runner_up_scores`` is
-that less the margin. The margin is how far the scores would have to move for another token to win: by how much the best
-sum of score and noise is ahead of the next, or, where that is less, how near a token that would have won was to the
-edge of what is sampled from (``top_k``, ``top_p``, ...), or the winner to falling behind it. So a margin is a margin,
-and the size of the scores, by which the guard measures what numerics can do to it, is that of the scores.
+What a step's trace keeps of a sampled token: ``scores`` is its processed score, ``runner_up_scores`` is that less the
+margin. The margin is how far the scores would have to move for another token to win: by how much the best sum of score
+and noise is ahead of the next, or, where that is less, how near a token that would have won was to the edge of what is
+sampled from (``top_k``, ``top_p``, ...), or the winner to falling behind it. So margins mean the same as in greedy
+decoding, and the size of the scores, by which the guard measures what numerics can do to them, is that of the scores.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ import torch
 from stablegen.core.params import ENDING
 from stablegen.core.policy import Batch
 from stablegen.core.request import Request
-from stablegen.engine.base import Follow
+from stablegen.engine.base import NO_ANSWERS, Answers
 from stablegen.engine.cuda_graph import Recorder, new_stream
 from stablegen.engine.processors import process, processors_for
-from stablegen.kernels.base import BestTwo
-from stablegen.kernels.reference import best_two, two_best
+from stablegen.kernels.base import RowSummary
+from stablegen.kernels.reference import summarise_rows, top2_ids
 from stablegen.kernels.sampling import gumbel, state_of
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of a recorded choice; more are chosen for in parts."""
+"""Rows of a graph; more rows are sampled in parts."""
 RECORDED = 16
-"""Recorded choices at most; the longest unused makes way."""
+"""Graphs kept at most; the one unused for longest makes way."""
 STREAMS = 8
-"""Rows that a recorded choice processes side by side."""
+"""Rows that a graph processes side by side."""
 _MIXED = -0x61C8864680B583EB
-"""Odd: what a hash of processed scores is multiplied by before that of the model's own is added."""
+"""An odd number: a hash of processed scores is multiplied by it before that of the model's own scores is added."""
 _RECORDABLE = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "renormalize_logits")
-"""Parameters whose processing looks at nothing but a row of scores and waits for nothing: it can be recorded."""
-_BESIDE = frozenset({*_RECORDABLE, *ENDING, "do_sample", "seed", "sample_index"})
+"""Parameters whose processing reads nothing but a row of scores and waits for nothing: it can be recorded."""
+_PLAIN = frozenset({*_RECORDABLE, *ENDING, "do_sample", "seed", "sample_index"})
 
 
-class Chooser:
-    """Chooses one request's tokens; ``answer``: token ids that come after the prompt, whatever is chosen.
+class TokenSampler:
+    """Chooses one request's tokens.
 
-    ``begun``: token ids that were chosen before.
+    ``answer``: token ids that come after the prompt, whatever is chosen. ``begun``: token ids that were chosen before.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Chooser:
         params = request.params
         self.request = request
         self.processors = processors_for(request, device)
-        plain = params.changed <= _BESIDE
-        self.alike: tuple[Any, ...] | None = None
-        """Equal in rows that one recorded choice serves; None where none can."""
+        plain = params.changed <= _PLAIN
+        self.graph_key: tuple[Any, ...] | None = None
+        """Equal in rows whose sampling one graph can replay; None where no graph can."""
         if plain and params.do_sample:
-            self.alike = tuple(getattr(params, name) for name in _RECORDABLE)
-        self._given = bool(answer)
+            self.graph_key = tuple(getattr(params, name) for name in _RECORDABLE)
+        self._teacher_forced = bool(answer)
         self._length = len(request.prompt_ids)
         self._ids = torch.zeros(1, 0, dtype=torch.int64, device=device)
         if not plain:
@@ -73,23 +73,23 @@ class Chooser:
         return process(self.processors, self._ids[:, : self._length + step], scores)
 
     def state(self, step: int) -> int | None:
-        """Return what a step's random numbers are drawn from; None where nothing is drawn."""
+        """Return the state from which a step's random numbers are drawn; None where nothing is drawn."""
         params = self.request.params
         if not params.do_sample:
             return None
-        assert params.seed is not None, "a request without a seed was given one at the door"
+        assert params.seed is not None, "intake gives every sampled request a seed"
         return state_of(params.seed, params.sample_index, step)
 
-    def took(self, step: int, token: torch.Tensor) -> None:
+    def remember(self, step: int, token: torch.Tensor) -> None:
         """Remember the token that a step chose, a number on the device, for processors that look back."""
-        if not self._given and self._ids.shape[1]:
+        if not self._teacher_forced and self._ids.shape[1]:
             self._ids[0, self._length + step] = token
 
 
-class Selector:
-    """Lets choosers choose; on CUDA, processing that is alike in several rows is replayed as a graph.
+class GraphedSampler:
+    """Samples for any rows; on CUDA, rows with equal graph keys are processed by replaying one graph.
 
-    ``graphs``: whether it is; it moves no bit.
+    ``graphs``: whether graphs are recorded; it moves no bit.
     """
 
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
@@ -98,107 +98,120 @@ class Selector:
         self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
         self._streams: list[torch.cuda.Stream] = []
 
-    def choose(
+    def sample(
         self,
-        choosers: Sequence[Chooser],
+        samplers: Sequence[TokenSampler],
         scores: torch.Tensor,  # [R, V] float32, the model's own
         steps: Sequence[int],
         hashes: torch.Tensor,  # [R] int64, of the model's own scores
-    ) -> BestTwo:
-        """Return what each of R choosers chooses at its step; nothing waits for the device."""
+    ) -> RowSummary:
+        """Return what each of R samplers chooses at its step, without waiting for the device."""
         if not self._recorder.wanted:
-            return choose(choosers, scores, steps, hashes)
+            return sample(samplers, scores, steps, hashes)
         groups: dict[Any, list[int]] = {}
-        for row, chooser in enumerate(choosers):
-            groups.setdefault(chooser.alike, []).append(row)
+        for row, sampler in enumerate(samplers):
+            groups.setdefault(sampler.graph_key, []).append(row)
         parts = [
-            (alike, rows[start : start + ROWS[-1]])
-            for alike, rows in groups.items()
+            (key, rows[start : start + ROWS[-1]])
+            for key, rows in groups.items()
             for start in range(0, len(rows), ROWS[-1])
         ]
         made = []
-        for alike, rows in parts:
-            own = [choosers[row] for row in rows], [steps[row] for row in rows]
+        for key, rows in parts:
+            own = [samplers[row] for row in rows], [steps[row] for row in rows]
             if len(parts) == 1:
                 given = scores, hashes
             else:
                 at = upload(rows, self._device)
                 given = scores[at], hashes[at]
-            make = choose if alike is None else self._replay
+            make = sample if key is None else self._replay
             made.append(make(own[0], given[0], own[1], given[1]))
         if len(made) == 1:
             return made[0]
-        places = sorted(range(len(choosers)), key=[row for _, rows in parts for row in rows].__getitem__)
+        places = sorted(range(len(samplers)), key=[row for _, rows in parts for row in rows].__getitem__)
         order = upload(places, self._device)
-        return BestTwo(*(torch.cat(columns)[order] for columns in zip(*(_columns(best) for best in made), strict=True)))
+        columns = zip(*(_columns(summary) for summary in made), strict=True)
+        return RowSummary(*(torch.cat(column)[order] for column in columns))
+
+    def close(self) -> None:
+        """Release its graphs and their memory."""
+        self._recorded.clear()
+        self._streams.clear()
+        self._recorder = Recorder(self._device, wanted=self._recorder.wanted)
 
     def _replay(
-        self, choosers: Sequence[Chooser], scores: torch.Tensor, steps: Sequence[int], hashes: torch.Tensor
-    ) -> BestTwo:
+        self, samplers: Sequence[TokenSampler], scores: torch.Tensor, steps: Sequence[int], hashes: torch.Tensor
+    ) -> RowSummary:
         count, vocabulary = scores.shape
         size = next(rows for rows in ROWS if rows >= count)
-        key = choosers[0].alike, size, vocabulary
+        key = samplers[0].graph_key, size, vocabulary
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._record(choosers[0], size, vocabulary)
+            recorded = self._record(samplers[0], size, vocabulary)
             if recorded is None:
-                return choose(choosers, scores, steps, hashes)
+                return sample(samplers, scores, steps, hashes)
             self._recorded[key] = recorded
             if len(self._recorded) > RECORDED:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)
-        states = [chooser.state(step) or 0 for chooser, step in zip(choosers, steps, strict=True)]
+        states = [sampler.state(step) or 0 for sampler, step in zip(samplers, steps, strict=True)]
         recorded.scores[:count].copy_(scores)
         recorded.hashes[:count].copy_(hashes)
         recorded.states[:count].copy_(upload(states, self._device))
         recorded.graph.replay()
-        return BestTwo(*(column[:count].clone() for column in _columns(recorded.best)))
+        return RowSummary(*(column[:count].clone() for column in _columns(recorded.summary)))
 
-    def _record(self, chooser: Chooser, size: int, vocabulary: int) -> _Recorded | None:
-        """Return a choice for rows such as the chooser's, recorded after a run that loads what it launches."""
+    def _record(self, sampler: TokenSampler, size: int, vocabulary: int) -> _Recorded | None:
+        """Return a graph for rows with the sampler's key, recorded after a run that loads what it launches."""
         with torch.inference_mode(False):  # made in inference mode, it could not be written to in any other
             scores = torch.zeros(size, vocabulary, device=self._device)
             states, hashes = torch.zeros(2, size, dtype=torch.int64, device=self._device)
         if not self._streams:
             self._streams = [new_stream(self._device) for _ in range(STREAMS)]
-        run = partial(self._run, chooser, scores, states, hashes)
+        run = partial(self._run, sampler, scores, states, hashes)
         run()
         made = self._recorder.record(run)
         return None if made is None else _Recorded(made[0], scores, states, hashes, made[1])
 
-    def _run(self, chooser: Chooser, scores: torch.Tensor, states: torch.Tensor, hashes: torch.Tensor) -> BestTwo:
+    def _run(
+        self, sampler: TokenSampler, scores: torch.Tensor, states: torch.Tensor, hashes: torch.Tensor
+    ) -> RowSummary:
         current = torch.cuda.current_stream(self._device)
         rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         for stream in self._streams:
             stream.wait_stream(current)
         for place, row in enumerate(scores):
             with torch.cuda.stream(self._streams[place % STREAMS]):
-                rows.append(chooser.process(row, 0))
+                rows.append(sampler.process(row, 0))
         for stream in self._streams:
             current.wait_stream(stream)
         whole, processed = (torch.cat(column) for column in zip(*rows, strict=True))
-        return _best(whole, processed, gumbel(states, scores.shape[1]), scores, hashes)
+        return _summarise(whole, processed, gumbel(states, scores.shape[1]), scores, hashes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """A recorded choice for rows of one kind: what it reads when it is replayed, and where it puts its results."""
+    """A graph for rows of one key: what it reads when it is replayed, and where it puts its results."""
 
     graph: torch.cuda.CUDAGraph
     scores: torch.Tensor
     states: torch.Tensor
     hashes: torch.Tensor
-    best: BestTwo
+    summary: RowSummary
 
 
-class Choosers:
-    """Those of a batch, by slot; rows without one take the best of the model's own scores."""
+class BatchSampler:
+    """The token samplers of a batch by slot; rows without one take the best token of the model's own scores.
 
-    def __init__(self, batch: Batch, device: torch.device, selector: Selector, follow: Follow | None = None) -> None:
-        answers = follow or {}
-        self._selector = selector
-        self._by_slot: Mapping[int | None, Chooser] = {
-            slot: Chooser(request, device, answers.get(slot, ()))
+    ``answers``: of requests that are teacher-forced, the token ids of their answers.
+    """
+
+    def __init__(
+        self, batch: Batch, device: torch.device, sampler: GraphedSampler, answers: Answers = NO_ANSWERS
+    ) -> None:
+        self._sampler = sampler
+        self._by_slot: Mapping[int | None, TokenSampler] = {
+            slot: TokenSampler(request, device, answers.get(request, ()))
             for slot, request in batch.requests
             if request.params.processed
         }
@@ -206,57 +219,57 @@ class Choosers:
     def __bool__(self) -> bool:
         return bool(self._by_slot)
 
-    def refine(self, best: BestTwo, scores: torch.Tensor, slots: Sequence[int | None], step: int) -> BestTwo:
-        """Return ``best`` [M] of scores [M, V] with what the slots' own choosers choose in its place."""
+    def refine(self, summary: RowSummary, scores: torch.Tensor, slots: Sequence[int | None], step: int) -> RowSummary:
+        """Return the ``summary`` of M rows of ``scores`` [M, V] with what the slots' own samplers choose instead."""
         found = {place: self._by_slot[slot] for place, slot in enumerate(slots) if slot in self._by_slot}
         if not found:
-            return best
-        places, choosers = list(found), list(found.values())
+            return summary
+        places, samplers = list(found), list(found.values())
         steps = [step] * len(places)
         if len(places) == len(slots):
-            return self._selector.choose(choosers, scores, steps, best.hashes)
+            return self._sampler.sample(samplers, scores, steps, summary.hashes)
         at = upload(places, scores.device)
-        chosen = self._selector.choose(choosers, scores[at], steps, best.hashes[at])
-        columns = zip(_columns(best), _columns(chosen), strict=True)
-        return BestTwo(*(column.index_copy(0, at, other) for column, other in columns))
+        chosen = self._sampler.sample(samplers, scores[at], steps, summary.hashes[at])
+        columns = zip(_columns(summary), _columns(chosen), strict=True)
+        return RowSummary(*(column.index_copy(0, at, other) for column, other in columns))
 
 
-def choose(
-    choosers: Sequence[Chooser],
+def sample(
+    samplers: Sequence[TokenSampler],
     scores: torch.Tensor,  # [R, V] float32, the model's own
     steps: Sequence[int],
     hashes: torch.Tensor,  # [R] int64, of the model's own scores
-) -> BestTwo:
-    """Return what each of R choosers chooses at its step, one launch after the other."""
-    rows = [chooser.process(row, step) for chooser, row, step in zip(choosers, scores, steps, strict=True)]
+) -> RowSummary:
+    """Return what each of R samplers chooses at its step, one launch after the other."""
+    rows = [sampler.process(row, step) for sampler, row, step in zip(samplers, scores, steps, strict=True)]
     whole, processed = (torch.cat(column) for column in zip(*rows, strict=True))
-    states = [chooser.state(step) for chooser, step in zip(choosers, steps, strict=True)]
+    states = [sampler.state(step) for sampler, step in zip(samplers, steps, strict=True)]
     drawn = {row: state for row, state in enumerate(states) if state is not None}
     noise = None
     if drawn:
         noise = gumbel(upload(list(drawn.values()), scores.device), scores.shape[1])
-        if len(drawn) < len(choosers):
+        if len(drawn) < len(samplers):
             nothing = torch.zeros(scores.shape, dtype=noise.dtype, device=noise.device)
             noise = nothing.index_copy_(0, upload(list(drawn), scores.device), noise)
-    best = _best(whole, processed, noise, scores, hashes)
-    tolerant = [chooser.request.params.remove_invalid_values for chooser in choosers]
+    summary = _summarise(whole, processed, noise, scores, hashes)
+    tolerant = [sampler.request.params.remove_invalid_values for sampler in samplers]
     if any(tolerant):
-        sound = best.finite | (upload(tolerant, scores.device) & torch.isfinite(best.scores[:, 0]))
-        best = BestTwo(best.tokens, best.scores, best.hashes, sound)
-    for chooser, step, token in zip(choosers, steps, best.tokens[:, 0], strict=True):
-        chooser.took(step, token)
-    return best
+        sound = summary.finite | (upload(tolerant, scores.device) & torch.isfinite(summary.scores[:, 0]))
+        summary = RowSummary(summary.tokens, summary.scores, summary.hashes, sound)
+    for sampler, step, token in zip(samplers, steps, summary.tokens[:, 0], strict=True):
+        sampler.remember(step, token)
+    return summary
 
 
-def _best(
+def _summarise(
     whole: torch.Tensor,  # [R, V] float32, before the cuts
     processed: torch.Tensor,  # [R, V] float32
     noise: torch.Tensor | None,  # [R, V] float64, 0 in rows that are not sampled; None where none is
     scores: torch.Tensor,  # [R, V] float32, the model's own
     hashes: torch.Tensor,  # [R] int64
-) -> BestTwo:
+) -> RowSummary:
     ranked = processed.double() if noise is None else processed.double() + noise
-    tokens = two_best(ranked)
+    tokens = top2_ids(ranked)
     winner, runner_up = processed.gather(1, tokens).unbind(1)
     if noise is not None:
         first, second = ranked.gather(1, tokens).unbind(1)
@@ -268,10 +281,10 @@ def _best(
         takes_over = ((entering < first - second) & (entering <= leaving)) | torch.isneginf(second)
         takes_over &= torch.isfinite(torch.minimum(entering, leaving))
         tokens = torch.stack([tokens[:, 0], torch.where(takes_over, rival, tokens[:, 1])], dim=1)
-    return BestTwo(
+    return RowSummary(
         tokens=tokens,
         scores=torch.stack([winner, runner_up], dim=1) + 0.0,
-        hashes=hashes + best_two(processed).hashes * _MIXED,
+        hashes=hashes + summarise_rows(processed).hashes * _MIXED,
         finite=torch.isfinite(scores).all(1) & torch.isfinite(winner) & ~processed.isnan().any(1),
     )
 
@@ -289,7 +302,7 @@ def _edge(
     last_kept = whole.masked_fill(~torch.isfinite(processed), torch.inf).amin(1, keepdim=True)
     first_left_out = whole.masked_fill(~left_out, -torch.inf).amax(1, keepdim=True)
     own = whole.gather(1, winner)
-    shift = processed.gather(1, winner).double() - own  # what normalization takes from every score alike
+    shift = processed.gather(1, winner).double() - own  # normalization takes the same from every score
     behind = first[:, None] - (whole.double() + shift + noise)
     missing = torch.maximum((last_kept - whole).double(), behind).clamp(min=0.0).masked_fill(~left_out, torch.inf)
     entering = missing.amin(1, keepdim=True)
@@ -306,5 +319,5 @@ def upload(values: Sequence[int] | Sequence[bool], device: torch.device) -> torc
     return listed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else listed
 
 
-def _columns(best: BestTwo) -> tuple[torch.Tensor, ...]:
-    return best.tokens, best.scores, best.hashes, best.finite
+def _columns(summary: RowSummary) -> tuple[torch.Tensor, ...]:
+    return summary.tokens, summary.scores, summary.hashes, summary.finite

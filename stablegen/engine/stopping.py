@@ -10,6 +10,7 @@ import torch
 
 from stablegen.core.request import Request
 from stablegen.engine.base import Stopper
+from stablegen.engine.transformers.private import last_tokens
 from stablegen.tokenizer import Tokenizer
 
 
@@ -19,32 +20,31 @@ def stopper_for(request: Request, tokenizer: Tokenizer) -> Stopper | None:
     if request.params.stop_strings:
         criteria.append(_StopStrings(request.params.stop_strings, tokenizer))
     for make in request.stopping_criteria:
-        criteria.append(partial(_ask, make(len(request.prompt_ids))))
+        criteria.append(partial(_call, make(len(request.prompt_ids))))
     if not criteria:
         return None
 
     def stops(tokens: Sequence[int]) -> bool:
         ids = torch.tensor([[*request.prompt_ids, *tokens]])  # [1, S]
-        asked = [bool(torch.as_tensor(criterion(ids)).all()) for criterion in criteria]  # each, for it may count
-        return any(asked)
+        # every criterion is called at every step, for it may count them
+        met = [bool(torch.as_tensor(criterion(ids)).all()) for criterion in criteria]
+        return any(met)
 
     return stops
 
 
-def _ask(criterion: Any, ids: torch.Tensor) -> Any:
+def _call(criterion: Any, ids: torch.Tensor) -> Any:
     return criterion(ids, None)
 
 
 class _StopStrings:
-    """Transformers' own criterion, asked only where the newest token can be the end of a stop string."""
+    """Transformers' own criterion, called only where the newest token can be the end of a stop string."""
 
     def __init__(self, stop_strings: tuple[str, ...], tokenizer: Tokenizer) -> None:
         from transformers.generation import StopStringCriteria
 
         self._criterion = StopStringCriteria(tokenizer.for_transformers(), list(stop_strings))
-        found = self._criterion
-        ends = found.embedding_vec[:, found.max_valid_positions * found.num_stop_strings : -1] > 0
-        self._ends = frozenset(ends.any(1).nonzero().flatten().tolist())
+        self._ends = last_tokens(self._criterion)
 
     def __call__(self, ids: torch.Tensor) -> Any:
         """Return whether the row [1, S] ends with a stop string."""

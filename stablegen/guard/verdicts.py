@@ -22,20 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import erfc, frexp, ldexp, sqrt
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from stablegen.core.answer import SelfCheck, Verdict
 from stablegen.core.calibration import Calibration
 from stablegen.core.numerics import Numerics
-from stablegen.core.policy import load_policy
+from stablegen.core.policy import keeps_bits
 from stablegen.core.record import Record
 from stablegen.core.trace import Trace, first_difference
+from stablegen.core.verdict import DEFAULT_ACCEPTED_RISK, SelfCheck, Verdict
 
 _T = TypeVar("_T")
-OnRisk = Literal["serve", "warn", "verify", "recompute", "raise"]
-"""What happens to a flagged hit."""
-
-DEFAULT_ACCEPTED_RISK = 0.005
 NEGLIGIBLE_RISK = 1e-4
 """Probability of a divergence that verification leaves to the margins, where it has to decode step by step."""
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -73,6 +69,9 @@ def judge(
     if record.trace is None:
         return Verdict(status="unknown", reason="the record has no trace to judge by")
     risks = flip_probabilities(record.trace, record.numerics, numerics, calibration)
+    if risks is None:
+        dtypes = " and ".join(sorted({record.numerics.dtype, numerics.dtype} - MANTISSA_BITS.keys()))
+        return Verdict(status="unknown", reason=f"nothing is known of how far margins move in {dtypes}")
     survival = 1.0
     for risk in risks:
         survival *= 1.0 - risk
@@ -142,19 +141,22 @@ def _kept(check: SelfCheck | None, record: Record) -> bool:
     """Return whether the record's policy promises its bits, and was found to keep the promise for its slot."""
     if check is None or not check.passed or check.numerics.digest != record.numerics.digest:
         return False
-    slot_matters = check.width is not None and not check.slot_free
-    return load_policy(record.numerics.policy).promises and not (slot_matters and record.composition.slot)
+    slot_matters = check.shape.width is not None and not check.slot_free
+    return keeps_bits(record.numerics.policy) and not (slot_matters and record.composition.slot)
 
 
 def flip_probabilities(
     trace: Trace, recorded: Numerics, current: Numerics, calibration: Calibration | None = None
-) -> list[float]:
+) -> list[float] | None:
     """Return, for each step, the probability that its two best tokens change places, calibrated or by the prior.
 
+    None where there is no calibration and the prior does not know a dtype.
     ``recorded`` are the numerics that computed the trace, ``current`` those that would recompute it.
     """
     if calibration is not None:
         return calibration.flip_probabilities(trace)
+    if not {recorded.dtype, current.dtype} <= MANTISSA_BITS.keys():
+        return None
     bits = min(MANTISSA_BITS[recorded.dtype], MANTISSA_BITS[current.dtype])
     if recorded.dtype == current.dtype:
         noise = NOISE["cuda" if recorded.device == current.device == "cuda" else "cpu"][current.dtype]
@@ -170,7 +172,7 @@ def flip_probabilities(
 
 
 def _reason(record: Record, numerics: Numerics, *, same: bool, check: SelfCheck | None) -> str:
-    if same and not load_policy(numerics.policy).promises:
+    if same and not keeps_bits(numerics.policy):
         return f"policy {numerics.policy} promises nothing, not even against itself"
     if same and check is None:
         return f"policy {numerics.policy} has not been self-checked here"

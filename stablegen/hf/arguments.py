@@ -1,6 +1,7 @@
 """``model.generate``'s arguments as requests, resolved as transformers resolves them: by transformers itself.
 
-Everything is either part of a request, or known to change no answer, or refused by name; README lists which is which.
+Everything is either part of a request, or known to change no answer, or refused by name; the README beside this file
+lists which is which.
 """
 
 from __future__ import annotations
@@ -9,29 +10,24 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from stablegen.client import NO_SEED, check_seeds
 from stablegen.core.request import Request, check_fits
+from stablegen.engine.transformers import private
 from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
-from stablegen.sources.checkpoint import Checkpoint
-from stablegen.sources.live import LoadedModel
+from stablegen.session.intake import NO_SEED, check_seeds
+from stablegen.session.session import Session
 from stablegen.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from stablegen.client import Client
 
 _ID_DTYPES = (torch.int64, torch.int32)
 _MODES = ("greedy_search", "sample")
 _ARGUMENTS: Mapping[str, str] = {
     "prefix_allowed_tokens_fn": "Use bad_words_ids, suppress_tokens or a processor with a cache_key",
     "synced_gpus": "Run one process a GPU, each with its own client",
-    "assistant_model": "Leave it out: policy 'invariant' is faster than assisted generation, and gives its tokens",
+    "assistant_model": "Leave it out: batch-invariant decoding is faster, and gives the same tokens",
     "assistant_tokenizer": "Leave it out, with the assistant",
     "negative_prompt_ids": "Leave it out",
     "negative_prompt_attention_mask": "Leave it out",
@@ -40,9 +36,9 @@ _ARGUMENTS: Mapping[str, str] = {
 """Arguments of ``generate`` that are refused where they are given, and what to do instead."""
 _MODEL_ARGUMENTS: Mapping[str, str] = {
     "inputs_embeds": "Give input_ids",
-    "past_key_values": "Give the whole prompt: what prompts share is computed once under policy 'invariant'",
-    "output_attentions": "Call the model itself on what was generated",
-    "output_hidden_states": "Call the model itself on what was generated",
+    "past_key_values": "Give the whole prompt: a batch-invariant policy computes shared beginnings once",
+    "output_attentions": "GenerateCall the model itself on what was generated",
+    "output_hidden_states": "GenerateCall the model itself on what was generated",
     "position_ids": "Leave it out: positions come from the attention mask",
 }
 """Arguments of the model that are refused where they are given; all others but the mask are too."""
@@ -51,8 +47,8 @@ _SETTINGS: Mapping[str, tuple[object, str]] = {
     "token_healing": (False, "Trim the prompt before"),
     "guidance_scale": (1.0, "Leave it out"),
     "watermarking_config": (None, "Leave it out"),
-    "output_attentions": (False, "Call the model itself on what was generated"),
-    "output_hidden_states": (False, "Call the model itself on what was generated"),
+    "output_attentions": (False, "GenerateCall the model itself on what was generated"),
+    "output_hidden_states": (False, "GenerateCall the model itself on what was generated"),
     "is_assistant": (False, "Leave it out"),
 }
 """Settings of a ``GenerationConfig`` that are refused, the value that is nothing, and what to do instead."""
@@ -66,7 +62,7 @@ _INSTEAD: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class GenerateCall:
     """A call of ``generate`` as it was understood.
 
     ``ids`` [B * num_return_sequences, S]: the prompts as they were given, padding included, and ``requests`` for each.
@@ -84,19 +80,20 @@ class Call:
 
 
 def resolve(
-    client: Client,
+    session: Session,
     inputs: torch.Tensor | None,
     generation_config: Any,
     seed: int | Sequence[int] | torch.Tensor | None,
     sample_index: int,
     arguments: dict[str, Any],
-) -> Call:
+) -> GenerateCall:
     """Return what ``generate``'s arguments ask for.
 
     Raises ``UnsupportedParameterError`` for what no policy could make stable, ``ParameterError`` for what transformers
     refuses too, ``PromptError``, ``AttentionMaskError`` and ``ContextLengthError`` for prompts.
     """
-    model = resolver_of(client)
+    source = session.source
+    model = source.resolver()
     own = _Own.taken_from(arguments)
     config, rest, defaulted = _configured(model, generation_config, arguments)
     ids, keep = _prompts(model, config, inputs, rest)
@@ -104,13 +101,14 @@ def resolve(
     asked = _settings(config) | {"min_new_tokens": least, "max_new_tokens": budget}
     asked |= own.replacing(ids.shape[1], asked)
     ending = own.criteria_by_key()
-    if asked.get("stop_strings") and own.tokenizer is not None and not client.tokenizer.is_of(own.tokenizer):
+    if asked.get("stop_strings") and own.tokenizer is not None and not source.tokenizer.is_of(own.tokenizer):
         key, make = criterion_of(StopStringCriteria(own.tokenizer, asked.pop("stop_strings")))
         ending[key] = make
     copies = config.num_return_sequences or 1
     seeds, seeded = _seeds(seed, len(ids), copies, sampled=bool(config.do_sample))
     if not seeded:
-        client.tell_once("seed", NO_SEED)
+        session.own.warn_once("seed", NO_SEED)
+    intake = session.refresh().intake
     requests: list[Request] = []
     for row, kept in zip(ids.tolist(), keep.tolist(), strict=True):
         prompt = [token for token, real in zip(row, kept, strict=True) if real]
@@ -118,12 +116,12 @@ def resolve(
             drawn: dict[str, Any] = {"seed": seeds[len(requests)]} if seeds else {}
             if config.do_sample or sample_index:
                 drawn["sample_index"] = sample_index + copy if isinstance(sample_index, int) else sample_index
-            made = client.make_request(
+            made = intake.make_request(
                 prompt, asked | drawn, logits_processors=own.processors_by_key(), stopping_criteria=ending
             )
-            requests.append(check_fits(made, client.source.context, client.source.vocabulary))
-    pad = config._pad_token_tensor
-    return Call(
+            requests.append(check_fits(made, source.context, source.vocabulary))
+    pad = private.pad_token(config)
+    return GenerateCall(
         ids.repeat_interleave(copies, dim=0),
         requests,
         seeded,
@@ -210,13 +208,13 @@ def _configured(
         for name in ("max_length", "min_length")
     }
     try:
-        config, rest = model._prepare_generation_config(generation_config, **arguments)
-        model._validate_model_kwargs(dict(rest))
+        config, rest = private.prepare_generation_config(model, generation_config, arguments)
+        private.validate_model_kwargs(model, rest)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ParameterError(
             f"transformers refuses the arguments of generate: {reason}",
-            hint="README lists every argument; check the spelling",
+            hint="stablegen/hf/README.md lists every argument; check the spelling",
         ) from error
     _check_settings(config, rest)
     if not torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else []).numel():
@@ -235,39 +233,14 @@ def _prompts(
     if inputs is not None and given is not None:
         raise PromptError("generate was given both inputs and input_ids", accepted="one of them")
     ids = _check_ids(inputs if inputs is not None else given, config)
-    model._prepare_special_tokens(config, mask is not None, device=ids.device, batch_size=len(ids))
+    private.prepare_special_tokens(model, config, ids, masked=mask is not None)
     return ids, _inferred(model, ids, config) if mask is None else _keep(ids, mask)
-
-
-def resolver_of(client: Client) -> Any:
-    """Return what resolves arguments as the client's model does: it itself, or its like without weights."""
-    source = client.source
-    if isinstance(source, LoadedModel):
-        return source.model
-    assert isinstance(source, Checkpoint)
-    texts = [
-        path.read_text(encoding="utf-8") if path.is_file() else ""
-        for path in (source.directory / "config.json", source.directory / "generation_config.json")
-    ]
-    return _without_weights(source.directory, *texts)
-
-
-@lru_cache(maxsize=4)
-def _without_weights(directory: Path, *_: str) -> Any:
-    """Return a directory's model without weights; the texts of its configuration make one of each."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return model.eval()
 
 
 def _refused(what: str, instead: str) -> UnsupportedParameterError:
     return UnsupportedParameterError(
         f"generate was given {what}, whose answers no policy makes stable",
-        accepted="greedy decoding and sampling; README lists every argument",
+        accepted="greedy decoding and sampling; stablegen/hf/README.md lists every argument",
         hint=f"{instead}. Or pass unsupported='passthrough': transformers then runs the call as it is, uncached",
     )
 
@@ -291,7 +264,9 @@ def _check_settings(config: Any, rest: Mapping[str, Any]) -> None:
         if value is not None and value != nothing:
             raise _refused(_shown(name, value), instead)
     if getattr(config, "cache_implementation", None) == "paged" or rest.get("cache_implementation") == "paged":
-        raise _refused("cache_implementation='paged'", "Leave it out: policy 'invariant' has a paged cache of its own")
+        raise _refused(
+            "cache_implementation='paged'", "Leave it out: batch-invariant policies have a paged cache of their own"
+        )
     if (config.num_return_sequences or 1) > 1 and not config.do_sample:
         raise ParameterError(
             f"num_return_sequences={config.num_return_sequences} without sampling",
@@ -339,7 +314,7 @@ def _inferred(model: Any, ids: torch.Tensor, config: Any) -> torch.Tensor:
 
     A token masked inside a prompt is as if it were not there, positions being counted by the mask.
     """
-    keep: torch.Tensor = model._prepare_attention_mask_for_generation(ids, config, {}) != 0
+    keep: torch.Tensor = private.infer_attention_mask(model, ids, config) != 0
     for row in range(len(ids)):
         if not keep[row].any():
             raise PromptError(
@@ -354,10 +329,9 @@ def _lengths(model: Any, config: Any, ids: torch.Tensor, defaulted: Mapping[str,
     if config.max_new_tokens is not None and config.max_new_tokens < 1:
         raise ParameterError(f"max_new_tokens={config.max_new_tokens!r}", accepted="a whole number of at least 1")
     try:
-        config = model._prepare_generated_length(
-            config, defaulted["max_length"], defaulted["min_length"], "input_ids", width, ids
+        config = private.prepare_lengths(
+            model, config, ids, default_max=defaulted["max_length"], default_min=defaulted["min_length"]
         )
-        model._validate_generated_length(config, width, defaulted["max_length"])
     except (ValueError, TypeError) as error:
         raise ParameterError(
             f"transformers refuses the lengths given to generate: {error}", accepted="max_new_tokens of at least 1"
@@ -384,7 +358,7 @@ def _settings(config: Any) -> dict[str, Any]:
         asked |= {name: share for name, share in shares.items() if share is not None and share < 1}
         cutoffs = {name: getattr(config, name) or 0.0 for name in ("epsilon_cutoff", "eta_cutoff")}
         asked |= {name: value for name, value in cutoffs.items() if 0 < value < 1}
-    ends = () if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    ends = private.end_tokens(config)
     return asked | {"eos_token_id": [end for end in ends if end >= 0]}  # to transformers a negative one is none
 
 
@@ -396,7 +370,7 @@ def criterion_of(criterion: Any) -> tuple[str, Callable[[int], Any]]:
         by = _digest_of(own)
         return f"lm-eval until {sequence!r} by tokenizer {by}", lambda length: kind(sequence, own, length, 1)
     if type(criterion) is StopStringCriteria:
-        vocabulary = hashlib.sha256(criterion.embedding_vec.cpu().numpy().tobytes()).hexdigest()
+        vocabulary = hashlib.sha256(private.stop_strings_table(criterion).cpu().numpy().tobytes()).hexdigest()
         return f"stop strings {criterion.stop_strings!r} in a vocabulary {vocabulary}", lambda _: criterion
     return _key_of(criterion, "stopping criterion"), lambda _: criterion
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from stablegen.core.answer import Completion
 from stablegen.core.request import Request
-from stablegen.engine.loading import load_transformers, torch_device
-from stablegen.engine.sampling import Chooser
-from stablegen.engine.transformers.decode import cpu_threads
+from stablegen.engine.compute import cpu_threads
+from stablegen.engine.sampling import TokenSampler
 from stablegen.errors import ParameterError, UnsupportedParameterError
-from stablegen.hf.arguments import Call, resolve
+from stablegen.hf.arguments import GenerateCall, resolve
 from stablegen.hf.streaming import Stream
-from stablegen.sources.checkpoint import Checkpoint
-from stablegen.sources.live import LoadedModel
-
-if TYPE_CHECKING:
-    from stablegen.client import Client
+from stablegen.session.forcing import score_rows
+from stablegen.session.session import Session
 
 UNSUPPORTED = ("raise", "passthrough")
 
@@ -34,7 +30,7 @@ class StableGenerateOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]  # 
 
 
 def generate(
-    client: Client,
+    session: Session,
     inputs: torch.Tensor | None = None,
     generation_config: Any = None,
     *,
@@ -52,7 +48,7 @@ def generate(
     if unsupported not in UNSUPPORTED:
         raise ParameterError(f"unsupported={unsupported!r}", accepted=", ".join(map(repr, UNSUPPORTED)))
     try:
-        call = resolve(client, inputs, generation_config, seed, sample_index, dict(arguments))
+        call = resolve(session, inputs, generation_config, seed, sample_index, dict(arguments))
     except UnsupportedParameterError as refusal:
         if unsupported == "raise":
             raise
@@ -61,14 +57,19 @@ def generate(
                 f"seed={seed!r:.40} for a call that is passed through: {refusal.problem}",
                 hint="Leave the seed out, and call torch.manual_seed before",
             ) from refusal
-        client.tell_once(f"{refusal.hint}", f"{refusal.problem}: transformers runs it as it is, and it is not cached")
-        return transformers_model(client).generate(inputs, generation_config, **arguments)
-    return _answer(client, call)
+        session.own.warn_once(
+            f"{refusal.hint}", f"{refusal.problem}: transformers runs it as it is, and it is not cached"
+        )
+        own = session.source.passthrough(session.numerics)
+        return own.generate(inputs, generation_config, **arguments)
+    return _answer(session, call)
 
 
-def _answer(client: Client, call: Call) -> torch.Tensor | StableGenerateOutput:
+def _answer(session: Session, call: GenerateCall) -> torch.Tensor | StableGenerateOutput:
     stream = None if call.streamer is None else Stream(call)
-    completions = client.run(call.requests, cached=call.seeded, listen=None if stream is None else stream.hear)
+    completions = session.run_requests(
+        call.requests, cached=call.seeded, listen=None if stream is None else stream.hear
+    )
     if stream is not None:
         stream.finish(completions)
     longest = max(len(completion.token_ids) for completion in completions)
@@ -80,12 +81,12 @@ def _answer(client: Client, call: Call) -> torch.Tensor | StableGenerateOutput:
         return sequences
     scores = logits = None
     if call.wants_scores or call.wants_logits:
-        rows = client.score_rows(completions)
+        rows = score_rows(session, completions)
         own = [rows[completion.key] for completion in completions]
         logits = _by_step(own, longest) if call.wants_logits else None
         if call.wants_scores:
             answered = zip(call.requests, completions, own, strict=True)
-            scores = _by_step([_processed(*one, client.numerics.threads) for one in answered], longest)
+            scores = _by_step([_processed(*one, session.numerics.threads) for one in answered], longest)
     return StableGenerateOutput(sequences=sequences, scores=scores, logits=logits, completions=completions)
 
 
@@ -96,33 +97,11 @@ def _processed(
     if not request.params.processed:
         return rows
     with torch.inference_mode(), cpu_threads(threads):
-        chooser = Chooser(request, rows[0].device, completion.token_ids)
-        return [chooser.process(row, step)[1][0] for step, row in enumerate(rows)]
+        sampler = TokenSampler(request, rows[0].device, completion.token_ids)
+        return [sampler.process(row, step)[1][0] for step, row in enumerate(rows)]
 
 
 def _by_step(rows: Sequence[Sequence[torch.Tensor]], longest: int) -> tuple[torch.Tensor, ...]:
     """Return the rows [V] of each answer as one tensor [B, V] a step."""
     nothing = torch.zeros_like(rows[0][0])
     return tuple(torch.stack([own[step] if step < len(own) else nothing for own in rows]) for step in range(longest))
-
-
-def transformers_model(client: Client) -> Any:
-    """Return the transformers model whose own ``generate`` a call is handed to."""
-    source = client.source
-    if isinstance(source, LoadedModel):
-        return _Unwrapped(source.model)
-    assert isinstance(source, Checkpoint)
-    if client.passthrough is None:
-        device = "cpu" if client.numerics.device == "cpu" else "cuda"
-        client.passthrough = load_transformers(source, getattr(torch, client.numerics.dtype), torch_device(device))
-    return client.passthrough
-
-
-class _Unwrapped:
-    """A model's own ``generate``, whatever stands in its place."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def generate(self, *arguments: Any, **named: Any) -> Any:
-        return type(self._model).generate(self._model, *arguments, **named)

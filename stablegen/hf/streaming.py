@@ -7,30 +7,31 @@ from collections.abc import Sequence
 import torch
 
 from stablegen.core.answer import Completion
-from stablegen.hf.arguments import Call
+from stablegen.core.request import Request
+from stablegen.hf.arguments import GenerateCall
 
 
 class Stream:
     """Hands a call's tokens to its streamer, each step as soon as every row's token of it is known."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: GenerateCall) -> None:
         self._call = call
-        self._keys = [request.key for request in call.requests]
+        self._requests = call.requests
         self._ends = frozenset(call.requests[0].params.eos_token_ids)
-        self._known: dict[str, list[int]] = {key: [] for key in self._keys}
+        self._known: dict[Request, list[int]] = {request: [] for request in call.requests}
         self._put = 0
         call.streamer.put(call.ids.cpu())
 
-    def hear(self, key: str, step: int, tokens: Sequence[int]) -> None:
+    def hear(self, request: Request, step: int, tokens: Sequence[int]) -> None:
         """Take a request's tokens from a step on; what is known already is the same again."""
-        known = self._known[key]
+        known = self._known[request]
         known[step:] = tokens
         self._hand_over(self._complete())
 
     def finish(self, completions: Sequence[Completion]) -> None:
         """Hand over what is left, and say that it is all."""
-        for key, completion in zip(self._keys, completions, strict=True):
-            self._known[key] = list(completion.token_ids)
+        for request, completion in zip(self._requests, completions, strict=True):
+            self._known[request] = list(completion.token_ids)
         self._hand_over(max(map(len, self._known.values())))
         self._call.streamer.end()
 
@@ -42,7 +43,7 @@ class Stream:
 
     def _hand_over(self, steps: int) -> None:
         for step in range(self._put, steps):
-            rows = [self._known[key] for key in self._keys]
+            rows = [self._known[request] for request in self._requests]
             tokens = [row[step] if step < len(row) else self._call.pad for row in rows]
             self._call.streamer.put(torch.tensor(tokens))
             self._put = step + 1

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from stablegen.kernels.base import Cache, Linear, Placed, Rows
-from stablegen.kernels.launch import begin, invite, launch, prefetch
+from stablegen.kernels.launch import launch, launch_next, prefetch, wait_for_previous
 from stablegen.kernels.operand import EXPONENT, block_product, load_pair, lone_row, operand, pair, store_operand
 
 BLOCK_KEYS = {False: 128, True: 64}
@@ -144,7 +144,7 @@ def _attention(  # launched by position
     offset = tl.arange(0, BLOCK_KEYS)
     size = SIZE.to(tl.int64)
     low = T.to(tl.int64) * E
-    invite(EARLY)
+    launch_next(EARLY)
     if NEWEST:
         # Each tile is one slot's newest token. Where it stands, and all keys before its own, the pass before has left:
         # the first block is on its way before this kernel waits for the query.
@@ -170,7 +170,7 @@ def _attention(  # launched by position
             q_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
             k_bias = tl.load(bias + E + column, mask=inside, other=0.0).to(tl.float32)
             v_bias = tl.load(bias + 2 * E + column, mask=inside, other=0.0).to(tl.float32)
-            begin(EARLY)
+            wait_for_previous(EARLY)
             at_row = query + first.to(tl.int64) * (3 * E) + column
             q_sum = _add_parts(at_row, inside, T, 3 * E, PARTS) + q_bias
             k_sum = _add_parts(at_row + E, inside, T, 3 * E, PARTS) + k_bias
@@ -184,7 +184,7 @@ def _attention(  # launched by position
                 tl.store(values + own + size, vl, mask=inside)
             q_high, q_low = lone_row(q_sum, row, inside, keys.dtype.element_ty, PAIRED)
         else:
-            begin(EARLY)
+            wait_for_previous(EARLY)
             kh, kl = load_pair(keys + own, inside, size, PAIRED)
             vh, vl = load_pair(values + own, inside, size, PAIRED)
         newest = offset == position
@@ -197,7 +197,7 @@ def _attention(  # launched by position
             k_low = k_high
             v_low = v_high
     else:
-        begin(EARLY)
+        wait_for_previous(EARLY)
         first = tl.load(tile_first + tl.program_id(0))
         count = tl.load(tile_count + tl.program_id(0))
         slot = tl.load(slots + first)

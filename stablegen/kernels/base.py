@@ -1,4 +1,4 @@
-"""The interface of a kernel set: every operation that GPT-2 needs, each invariant to what shares its batch.
+"""The interface of a kernel set: every operation of a forward pass, each invariant to what shares its batch.
 
 A kernel set promises that row ``i`` of each result depends on row ``i`` of the operands alone (and attention on the
 keys and values of its own slot): not on how many rows there are, nor on their order, nor on their content. It keeps
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 PAGE = 64
 """Positions in a page of the KV cache."""
-LOG_WIDTH = 8
-"""int32 words that the log keeps of a row: best, runner-up, their scores' bits, the hash (low, high), finite, 0."""
-
-
 Spans = tuple[tuple[int, int, int], ...]
 """On the host, each slot's first token in a pass, how many it has there, and the position of the first."""
 
@@ -79,7 +75,7 @@ class Cache(Protocol):
 
     ``keys``, ``values`` [layers, pages, H, PAGE, D] in the model's dtype. ``table`` [S, pages a slot] int32: the page
     of each run of ``PAGE`` positions. ``newest``, ``lengths`` [S] int32: each slot's newest token, and its position.
-    ``log`` [ticks, rows, LOG_WIDTH] int32: what was chosen.
+    ``log`` [ticks, rows, WIDTH] int32: what was chosen, as ``kernels.log`` lays it out.
     """
 
     keys: torch.Tensor
@@ -99,11 +95,11 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class BestTwo:
-    """What a decode step keeps of a row of scores.
+class RowSummary:
+    """What a decode step keeps of each of M rows of scores.
 
     ``tokens`` [M, 2] int64: the best and the second-best token, the lower id first where scores are equal.
-    ``scores`` [M, 2] float32: theirs. ``hashes`` [M] int64: a 64-bit hash of the whole row's bits.
+    ``scores`` [M, 2] float32: their scores. ``hashes`` [M] int64: a 64-bit hash of the whole row's bits.
     ``finite`` [M] bool: whether every score of the row is finite.
     """
 
@@ -132,10 +128,11 @@ class KernelSet(Protocol):
         """Lay out one affine layer, ``weight`` [K, N] of any strides and ``bias`` [N], once, when it is loaded."""
         ...
 
-    def alike(self, spans: Spans) -> Spans | None:
-        """Return what passes of one size have to have in common so that the graph of one can replay the other.
+    def graph_key(self, spans: Spans) -> Spans | None:
+        """Return the part of a graph's key that comes from a pass's ``spans`` (see ``Rows``).
 
-        ``spans`` are a pass's (see ``Rows``). Nothing, ``()``, where the set does not look at them; None: none can.
+        Passes of one size and equal keys can replay each other's graph. ``()`` where the kernels do not depend on the
+        spans; None where no graph can replay the pass.
         """
         ...
 

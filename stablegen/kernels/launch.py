@@ -53,15 +53,15 @@ def _driver() -> ctypes.CDLL:
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def begin(EARLY: tl.constexpr) -> None:
+def wait_for_previous(EARLY: tl.constexpr) -> None:
     """Wait until everything before this kernel is done; what comes before it in a kernel may only hint."""
     if EARLY:
         gdc_wait()
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
-def invite(EARLY: tl.constexpr) -> None:
-    """Let the next kernel be set up: it waits in ``begin`` until this one is done."""
+def launch_next(EARLY: tl.constexpr) -> None:
+    """Let the next kernel be set up: it waits in ``wait_for_previous`` until this one is done."""
     if EARLY:
         gdc_launch_dependents()
 

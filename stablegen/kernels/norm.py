@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from stablegen.kernels.base import PAGE, Cache, Linear, Norm, Placed, Rows
-from stablegen.kernels.launch import begin, invite, launch
+from stablegen.kernels.launch import launch, launch_next, wait_for_previous
 from stablegen.kernels.operand import operand, store_operand
 
 
@@ -149,8 +149,8 @@ def _embed(  # launched by position
     inside = column < E
     by = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
     add = tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
-    invite(EARLY)
-    begin(EARLY)
+    launch_next(EARLY)
+    wait_for_previous(EARLY)
     slot = tl.load(slots + index)
     token = tl.load(tokens + index)
     position = tl.load(positions + index)
@@ -191,11 +191,11 @@ def _add_norm(  # launched by position
     index = tl.program_id(0)
     column = tl.arange(0, BLOCK_E)
     inside = column < E
-    invite(EARLY)
+    launch_next(EARLY)
     shift_by = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     by = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
     add = tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
-    begin(EARLY)
+    wait_for_previous(EARLY)
     row = index if select is None else tl.load(select + index)
     row = row.to(tl.int64)
     content = tl.load(partial + row * E + column, mask=inside, other=0.0)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from stablegen.kernels.base import PAGE, BestTwo, Cache, Linear, Norm, Placed, Rows, Spans
+from stablegen.kernels.base import PAGE, Cache, Linear, Norm, Placed, Rows, RowSummary, Spans
+from stablegen.kernels.log import pack
 
 QUERY_BLOCK = 16
 KEY_BLOCK = 64
@@ -35,7 +36,7 @@ class ReferenceKernels:
         own = weight.to(torch.float32, copy=True)
         return Linear(own, None if bias is None else bias.to(torch.float32, copy=True), *weight.shape)
 
-    def alike(self, spans: Spans) -> Spans:
+    def graph_key(self, spans: Spans) -> Spans:
         """Return that passes of one size can replay each other."""
         return ()
 
@@ -122,7 +123,7 @@ class ReferenceKernels:
         scores = self.linear(x, layer)
         if into is not None:
             into.copy_(scores)
-        advance(best_two(scores), rows, placed, cache)
+        advance(summarise_rows(scores), rows, placed, cache)
 
     def linear(self, x: torch.Tensor, layer: Linear, *, gelu: bool = False) -> torch.Tensor:
         """Return ``x @ weight + bias`` [M, N] float32; every product is [K] x [K, N], aligned alike."""
@@ -150,29 +151,16 @@ def layer_norm(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
     return (normed * norm.weight.float() + norm.bias.float()).to(dtype)
 
 
-def words_of(best: BestTwo) -> torch.Tensor:
-    """Return what a step keeps as the log's words [M, LOG_WIDTH] int32."""
-    return torch.cat(
-        [
-            best.tokens.int(),
-            best.scores.view(torch.int32),
-            best.hashes[:, None].view(torch.int32),  # little-endian: the low word first
-            torch.stack([best.finite, torch.zeros_like(best.finite)], 1).int(),
-        ],
-        dim=1,
-    )
-
-
-def advance(best: BestTwo, rows: Rows, placed: Placed, cache: Cache) -> None:
+def advance(summary: RowSummary, rows: Rows, placed: Placed, cache: Cache) -> None:
     """Log what a step keeps, and advance the rows' slots."""
     ticks = cache.log.shape[0]
-    words = words_of(best)
+    words = pack(summary)
     count = len(words)
     cache.log[(rows.tick[:count] % ticks).long(), torch.arange(count, device=words.device)] = words
     rows.tick.add_(1)
     last = rows.last.long()
     slots = rows.slots[last].long()
-    cache.newest[slots] = best.tokens[:, 0].int()
+    cache.newest[slots] = summary.tokens[:, 0].int()
     end = cache.table.shape[1] * PAGE - 1
     lengths = (placed.positions[last] + 1).clamp(max=end)
     # the spare slot, which fills a batch up, begins anew each time: it must not grow long
@@ -228,17 +216,17 @@ def _gelu_new(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1.0 + torch.tanh(_GELU_SCALE * (x + 0.044715 * (x * x * x))))
 
 
-def best_two(scores: torch.Tensor) -> BestTwo:
+def summarise_rows(scores: torch.Tensor) -> RowSummary:
     """Reduce rows of scores [M, V] float32 to what a decode step keeps; exact on every device.
 
     The hash of a row is ``sum_i fold(bits_i * key_i) mod 2**64`` with ``fold(x) = x ^ (x >> 32)`` and the odd keys
     ``splitmix64(i) | 1``. Integer addition is associative, so any order, on any device, gives the same value.
     """
-    tokens = two_best(scores)
+    tokens = top2_ids(scores)
     bits = scores.contiguous().view(torch.int32).to(torch.int64)
     product = bits * _hash_keys(scores.shape[1], scores.device)
     folded = product ^ ((product >> 32) & 0xFFFFFFFF)
-    return BestTwo(
+    return RowSummary(
         tokens=tokens,
         scores=scores.gather(1, tokens) + 0.0,  # a zero has no sign
         hashes=folded.sum(1),
@@ -246,7 +234,7 @@ def best_two(scores: torch.Tensor) -> BestTwo:
     )
 
 
-def two_best(scores: torch.Tensor) -> torch.Tensor:
+def top2_ids(scores: torch.Tensor) -> torch.Tensor:
     """Return the best and the second-best token [M, 2] int64 of rows [M, V], the lower id first where equal."""
     vocabulary = scores.shape[1]
     index = torch.arange(vocabulary, device=scores.device)

@@ -10,14 +10,23 @@ import torch
 import triton
 import triton.language as tl
 
-from stablegen.kernels.base import LOG_WIDTH, PAGE, Cache, Linear, Placed, Rows
-from stablegen.kernels.launch import begin, invite, launch
-from stablegen.kernels.linear import Tile, compiled, linear_plan, place, product
+from stablegen.kernels import log as layout
+from stablegen.kernels.base import PAGE, Cache, Linear, Placed, Rows
+from stablegen.kernels.launch import launch, launch_next, wait_for_previous
+from stablegen.kernels.product import place, product
+from stablegen.kernels.tiles import Tile, compiled, linear_plan
 
 LOWEST = tl.constexpr(-0x8000000000000000)
 """Ranks below every score."""
 FOUND = tl.constexpr(4)
 """What a tile finds of a row, int64: best rank, second-best rank, sum of the hash, whether a score is not finite."""
+TOKEN = tl.constexpr(layout.TOKEN)
+RUNNER_UP = tl.constexpr(layout.RUNNER_UP)
+SCORE = tl.constexpr(layout.SCORE)
+RUNNER_UP_SCORE = tl.constexpr(layout.RUNNER_UP_SCORE)
+HASH = tl.constexpr(layout.HASH)
+FINITE = tl.constexpr(layout.FINITE)
+WIDTH = tl.constexpr(layout.WIDTH)
 
 
 def choose(
@@ -72,7 +81,6 @@ def choose(
         V=layer.n,
         TILES=tiles_n,
         BLOCK=triton.next_power_of_2(tiles_n),
-        WIDTH=LOG_WIDTH,
         num_warps=8,
     )
 
@@ -107,7 +115,7 @@ def _score(  # launched by position
     EARLY: tl.constexpr,
 ) -> None:
     rows, columns = place(M, N, BLOCK_M, BLOCK_N, GROUP)
-    invite(EARLY)
+    launch_next(EARLY)
     total = product(
         x,
         weight,
@@ -171,12 +179,11 @@ def _advance(  # launched by position
     V: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
-    invite(EARLY)
-    begin(EARLY)
+    launch_next(EARLY)
+    wait_for_previous(EARLY)
     index = tl.arange(0, BLOCK)
     there = index < TILES
     at = found + (row.to(tl.int64) * TILES + index) * FOUND
@@ -186,19 +193,19 @@ def _advance(  # launched by position
     infinite = tl.max(tl.load(at + 3, mask=there, other=0), axis=0)
     top = tl.max(best, axis=0)
     runner_up = tl.max(tl.where(best == top, second, best), axis=0)
-    if V == 1:  # who stands alone is his own runner-up
+    if V == 1:  # a lone token is its own runner-up
         runner_up = top
     token = _rank_id(top, V)
     now = tl.load(tick + row)
     entry = log + ((now % TICKS).to(tl.int64) * ROWS + row) * WIDTH
-    tl.store(entry, token)
-    tl.store(entry + 1, _rank_id(runner_up, V))
-    tl.store(entry + 2, _rank_bits(top))
-    tl.store(entry + 3, _rank_bits(runner_up))
-    tl.store(entry + 4, hashed.to(tl.int32))
-    tl.store(entry + 5, (hashed >> 32).to(tl.int32))
-    tl.store(entry + 6, (infinite == 0).to(tl.int32))
-    tl.store(entry + 7, 0)
+    tl.store(entry + TOKEN, token)
+    tl.store(entry + RUNNER_UP, _rank_id(runner_up, V))
+    tl.store(entry + SCORE, _rank_bits(top))
+    tl.store(entry + RUNNER_UP_SCORE, _rank_bits(runner_up))
+    tl.store(entry + HASH, hashed.to(tl.int32))
+    tl.store(entry + HASH + 1, (hashed >> 32).to(tl.int32))
+    tl.store(entry + FINITE, (infinite == 0).to(tl.int32))
+    tl.store(entry + WIDTH - 1, 0)
     tl.store(tick + row, now + 1)
     of = tl.load(last + row)
     slot = tl.load(slots + of)

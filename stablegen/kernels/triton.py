@@ -6,6 +6,7 @@ import torch
 
 from stablegen.kernels import attention, linear, norm, scores
 from stablegen.kernels.base import Cache, Linear, Norm, Placed, Rows, Spans
+from stablegen.kernels.tiles import few
 
 
 class TritonKernels:
@@ -20,7 +21,7 @@ class TritonKernels:
         """Lay a weight [K, N] out as [N, K]; float32 as pairs of float16."""
         return linear.prepare(weight, bias)
 
-    def alike(self, spans: Spans) -> Spans:
+    def graph_key(self, spans: Spans) -> Spans:
         """Return that passes of one size can replay each other."""
         return ()
 
@@ -33,7 +34,7 @@ class TritonKernels:
     def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
         """Return queries, their keys and values in the cache; of few newest tokens, summands of all three."""
         first = index == 0
-        if rows.tile == 1 and linear.few(layer, len(rows.tokens)):
+        if rows.tile == 1 and few(layer, len(rows.tokens)):
             return linear.partial(x, layer, first=first)
         return linear.qkv(x, layer, cache.keys[index], cache.values[index], placed.places, first=first)
 
@@ -63,7 +64,7 @@ class TritonKernels:
 
     def gelu(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         """Return ``gelu_new(x @ weight + bias)`` [T, N]; of few tokens, summands of what gelu_new is taken of."""
-        return linear.partial(x, layer) if linear.few(layer, x.shape[-2]) else linear.gelu(x, layer)
+        return linear.partial(x, layer) if few(layer, x.shape[-2]) else linear.gelu(x, layer)
 
     def choose(
         self, x: torch.Tensor, layer: Linear, rows: Rows, placed: Placed, cache: Cache, into: torch.Tensor | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from stablegen.kernels.base import BestTwo, Cache, Linear, Norm, Placed, Rows, Spans
+from stablegen.kernels.base import Cache, Linear, Norm, Placed, Rows, RowSummary, Spans
 from stablegen.kernels.reference import advance
 
 
@@ -32,7 +32,7 @@ class VendorKernels:
         """Keep the weight as it is."""
         return Linear(weight, bias, *weight.shape)
 
-    def alike(self, spans: Spans) -> Spans | None:
+    def graph_key(self, spans: Spans) -> Spans | None:
         """Return the spans of whole prompts of one length; what is taken slot by slot cannot be recorded."""
         return spans if _even(spans) else None
 
@@ -127,7 +127,7 @@ class VendorKernels:
         values, tokens = scores.topk(2, dim=1)
         finite = torch.isfinite(values[:, 0])
         hashes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        advance(BestTwo(tokens, values.float(), hashes, finite), rows, placed, cache)
+        advance(RowSummary(tokens, values.float(), hashes, finite), rows, placed, cache)
 
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:

@@ -4,45 +4,64 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 
 from stablegen.core.params import GenerationParams
-from stablegen.core.policy import Batch, ExecutionPolicy, Padded, load_policy
+from stablegen.core.policy import BATCH_INVARIANT, Batch, ExecutionPolicy, registered_policies
 from stablegen.core.request import ModelIdentity, Request
 from stablegen.engine.base import Engine
-from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.engine import GPT2Engine
-from stablegen.engine.loading import make_vendor_engine, wrap_model
+from stablegen.engine.invariant.architectures import find_architecture
+from stablegen.engine.invariant.engine import InvariantEngine
+from stablegen.engine.invariant.model import Model
+from stablegen.engine.loading import kernels_for, make_engine_around, make_vendor_engine
 from stablegen.errors import EngineError
 from stablegen.kernels.base import PAGE
-from stablegen.lab.machine import synchronise
+from stablegen.lab.compared import (
+    BATCH_INVARIANT_OPS,
+    EAGER,
+    STATIC,
+    VENDOR,
+    arm_names,
+    has_rows,
+    of_rows,
+    runs_one_by_one,
+)
+from stablegen.lab.device import synchronise
 from stablegen.lab.subject import Subject
 from stablegen.machine.device import Device
 from stablegen.machine.plan import allows_static_cache, numerics_on
 
 GROUP = 32
-"""Prompts that transformers runs at once in a set of many."""
+"""Prompts that transformers runs at once where a set has more."""
 _IDENTITY = ModelIdentity(source="digest", digest="bench")
 
 Prompts = Sequence[Sequence[int]]
 
 
 class Arm(ABC):
-    """One way to generate: prepared for a batch size, run many times, closed."""
+    """One way to generate: prepared for a batch size, run many times, closed.
 
-    name: ClassVar[str]
-    label: ClassVar[str]
-    about: ClassVar[str]
-    shares_model: ClassVar[bool] = True
-    """Whether it runs the subject's model itself, and not weights of its own."""
+    ``label`` and ``about`` name it in a word or two, and in a sentence. ``shares_model``: whether it runs the subject's
+    model itself rather than weights of its own. ``once``: whether it is measured at batch 1 alone unless it is named.
+    ``prefills``: whether its prefill is measured. ``golden_runs``: how often it runs the golden set.
+    """
+
+    name: str
+    label: str
+    about: str
+    shares_model: bool = True
+    once: bool = False
+    prefills: bool = False
+    golden_runs: int = 0
 
     def note(self, batch: int) -> str:
-        """Return what a reader must know of its figures at a batch size."""
+        """Return what a reader must know about its figures at a batch size."""
         return ""
 
     def missing(self, device: Device) -> str | None:
@@ -51,14 +70,14 @@ class Arm(ABC):
 
     @abstractmethod
     def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
-        """Make ready to run ``batch`` prompts at once, none longer than ``reach`` tokens with its answer.
+        """Prepare to run ``batch`` prompts at once, each with its answer at most ``reach`` tokens.
 
         None: as many at once as suits it.
         """
 
     @abstractmethod
     def run(self, prompts: Prompts, new_tokens: int) -> None:
-        """Generate this many tokens for each prompt; return when the device is done."""
+        """Generate this many tokens for each prompt; return when the device has finished."""
 
     def run_set(self, prompts: Prompts, new_tokens: int) -> None:
         """Generate for a whole set of prompts of many lengths, in the way that suits it."""
@@ -70,35 +89,21 @@ class Arm(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything that ``prepare`` and ``run`` have made."""
+        """Release everything that ``prepare`` and ``run`` have made."""
 
 
-class _EngineArm(Arm):
+class EngineArm(Arm):
     """One of stablegen's engines."""
 
     _engine: Engine | None = None
     _device = "cpu"
 
-    @property
-    def policy(self) -> ExecutionPolicy:
-        """Return the policy under which it runs."""
-        return load_policy(self.name)
-
-    def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
-        """Make an engine around the subject's model."""
-        self._device = subject.device.name
-        config = subject.model.config.to_dict()
-        planned = numerics_on(subject.device, self.policy, subject.dtype, static_cache=allows_static_cache(config))
-        # an engine with weights of its own may keep some of the model's: it gets a copy, so that its memory is its own
-        model = subject.model if self.shares_model else deepcopy(subject.model)
-        self._engine = wrap_model(model, planned, subject.context)
-
+    @abstractmethod
     def plan(self, requests: Sequence[Request], engine: Engine) -> list[Batch]:
         """Return the batches in which requests run."""
-        return self.policy.plan(requests, engine.limits)
 
     def run(self, prompts: Prompts, new_tokens: int) -> None:
-        """Generate in the batches that the policy plans."""
+        """Generate in the planned batches."""
         engine = self._engine
         assert engine is not None
         params = GenerationParams(max_new_tokens=new_tokens)
@@ -109,93 +114,119 @@ class _EngineArm(Arm):
         synchronise(self._device)
         _check_length(made, len(prompts) * new_tokens)
 
-    def memory(self) -> dict[str, int] | None:
-        """Return what the engine says it holds."""
-        read = getattr(self._engine, "memory", None)
-        return None if read is None else {name: int(size) for name, size in read().items()}
-
     def close(self) -> None:
-        """Let go of the engine."""
+        """Release the engine."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
 
-class InvariantArm(_EngineArm):
-    """Stablegen's own forward pass, everything in one call."""
+class PolicyArm(EngineArm):
+    """One kind of policy; where it has a fixed number of rows, they are as many as the batch."""
 
-    name = label = "invariant"
-    about = "stablegen's invariant policy"
+    def __init__(self, kind: type[ExecutionPolicy]) -> None:
+        self.name, self.label = kind.name, kind.form
+        self.about = f"stablegen's {kind.form} policy"
+        if has_rows(kind):
+            self.about += ", N being the batch size"
+        self.once = runs_one_by_one(kind)
+        if self.once:
+            self.about += ": one request after another"
+        self.policy = kind.typical()
+
+    def note(self, batch: int) -> str:
+        """Return whether its requests run one after another."""
+        return f"{batch} requests one after another" if self.once and batch > 1 else ""
+
+    def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
+        """Make an engine around the subject's model."""
+        self._device = subject.device.name
+        self.policy = of_rows(type(self.policy), batch or GROUP)
+        static = allows_static_cache(subject.config)
+        planned = numerics_on(subject.device, self.policy, subject.dtype, static_cache=static)
+        self._engine = make_engine_around(subject.model, planned, context=subject.context)
+
+    def plan(self, requests: Sequence[Request], engine: Engine) -> list[Batch]:
+        """Return the batches that the policy plans."""
+        return self.policy.plan(requests, engine.limits)
+
+
+class OwnArm(PolicyArm):
+    """A kind of policy that stablegen's own forward pass runs, everything in one call."""
+
     shares_model = False
+    prefills = True
+    golden_runs = 3
+    _own: InvariantEngine | None = None
 
     def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
         """Make an engine whose KV cache holds the whole batch at once."""
-        super().prepare(subject, batch, reach)
-        engine = self._engine
-        assert isinstance(engine, GPT2Engine)
+        self._device = subject.device.name
+        weights = deepcopy(subject.model)  # the engine may keep some of them: its memory shall be its own
+        model = find_architecture(subject.config).build(
+            subject.config,
+            weights.state_dict(),
+            kernels_for(weights.device),
+            dtype=getattr(torch, subject.dtype),
+            device=weights.device,
+        )
+        numerics = numerics_on(subject.device, self.policy, subject.dtype)
+        engine = InvariantEngine(model, numerics)
         if batch is not None:
-            self._engine = GPT2Engine(
-                engine.model,
-                engine.numerics,
-                max_rows=max(engine.max_rows, batch),
-                kv_cache_size=max(engine.kv_cache_size, _cache_bytes(engine.model, batch, reach)),
-            )
+            rows = max(engine.max_rows, batch)
+            size = max(engine.kv_cache_size, _cache_bytes(model, batch, reach))
+            engine = InvariantEngine(model, numerics, max_rows=rows, kv_cache_size=size)
+        self._engine = self._own = engine
 
-    def plan(self, requests: Sequence[Request], engine: Engine) -> list[Batch]:
-        """Return one batch: the engine itself decides what runs together."""
-        return [Batch(tuple(requests))]
+    def memory(self) -> dict[str, int] | None:
+        """Return the bytes of the engine's weights and KV cache."""
+        return None if self._own is None else self._own.memory()
+
+    def close(self) -> None:
+        """Release the engine."""
+        super().close()
+        self._own = None
 
 
-class VendorArm(InvariantArm):
+class VendorArm(EngineArm):
     """The same engine with the vendor's kernels: what invariance itself costs."""
 
-    name = label = "vendor"
-    about = "the invariant engine with cuBLAS and torch's attention in place of its kernels; promises nothing"
+    name = label = VENDOR
+    about = "the batch-invariant engine with cuBLAS and torch's attention in place of its kernels; promises nothing"
+    shares_model = False
+    prefills = True
+    _own: InvariantEngine | None = None
 
     def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
         """Make the engine around a copy of the model, as large as the batch."""
-        assert batch is not None
         self._device = subject.device.name
-        engine = make_vendor_engine(deepcopy(subject.model), subject.dtype, reach=reach, max_rows=batch)
-        size = _cache_bytes(engine.model, batch, reach)
-        self._engine = GPT2Engine(engine.model, engine.numerics, max_rows=batch, kv_cache_size=size)
+        rows = batch or GROUP
+        engine = make_vendor_engine(deepcopy(subject.model), subject.dtype, reach=reach, max_rows=rows)
+        size = _cache_bytes(engine.model, rows, reach)
+        self._engine = self._own = InvariantEngine(engine.model, engine.numerics, max_rows=rows, kv_cache_size=size)
 
+    def plan(self, requests: Sequence[Request], engine: Engine) -> list[Batch]:
+        """Return one batch."""
+        return [Batch(tuple(requests))]
 
-class SingleArm(_EngineArm):
-    """One request a time."""
+    def memory(self) -> dict[str, int] | None:
+        """Return the bytes of the engine's weights and KV cache."""
+        return None if self._own is None else self._own.memory()
 
-    name = label = "single"
-    about = "stablegen's single policy: one request after another"
-
-    def note(self, batch: int) -> str:
-        """Return that it does not batch."""
-        return f"{batch} requests one after another" if batch > 1 else ""
-
-
-class PaddedArm(_EngineArm):
-    """Batches of fixed shape."""
-
-    name = "padded"
-    label = "padded:N"
-    about = "stablegen's padded:N policy, N being the batch size"
-    _rows = 1
-
-    @property
-    def policy(self) -> ExecutionPolicy:
-        """Return the policy whose N is the batch size it was prepared for."""
-        return Padded(self._rows)
-
-    def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
-        """Make an engine whose batches have this many rows."""
-        assert batch is not None
-        self._rows = batch
-        super().prepare(subject, batch, reach)
+    def close(self) -> None:
+        """Release the engine."""
+        super().close()
+        self._own = None
 
 
 class EagerArm(Arm):
-    """``model.generate`` as it stands."""
+    """``model.generate`` as it is."""
 
-    name = "eager"
+    name = EAGER
     label = "transformers eager"
     about = "transformers' model.generate, greedy"
+    prefills = True
+    golden_runs = 1  # the slowest
     _model: Any = None
     _device = "cpu"
 
@@ -222,7 +253,7 @@ class EagerArm(Arm):
 
     def run_set(self, prompts: Prompts, new_tokens: int) -> None:
         """Generate in groups of ``GROUP``."""
-        ordered = sorted(prompts, key=len)  # neighbours of like length waste the least padding
+        ordered = sorted(prompts, key=len)  # similar lengths need the least padding
         for start in range(0, len(ordered), GROUP):
             self.run(ordered[start : start + GROUP], new_tokens)
 
@@ -235,33 +266,36 @@ class EagerArm(Arm):
         return nullcontext()
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._model = None
 
 
 class StaticArm(EagerArm):
     """``model.generate`` with a static cache, which transformers compiles."""
 
-    name = "static"
+    name = STATIC
     label = "transformers static-compiled"
     about = "transformers' model.generate(cache_implementation='static'), which compiles itself"
     shares_model = False
+    once = True
+    prefills = False
+    golden_runs = 0
 
     def missing(self, device: Device) -> str | None:
-        """Return that a CPU is not enough."""
+        """Return that it needs a GPU."""
         return None if device.is_cuda else "transformers compiles on a GPU only"
 
     def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
         """Copy the subject's model."""
         self._device = subject.device.name
-        self._model = deepcopy(subject.model)  # what is compiled and the cache stay with the model
+        self._model = deepcopy(subject.model)  # compiled code and the cache stay with the model
 
     def options(self) -> dict[str, Any]:
-        """Return what asks for a static cache."""
+        """Return the argument that asks for a static cache."""
         return {"cache_implementation": "static"}
 
     def close(self) -> None:
-        """Let go of the model and of what was compiled."""
+        """Release the model and its compiled code."""
         super().close()
         torch.compiler.reset()
 
@@ -269,16 +303,18 @@ class StaticArm(EagerArm):
 class BatchInvariantOpsArm(EagerArm):
     """``model.generate`` under Thinking Machines' batch-invariant operations."""
 
-    name = label = "batch_invariant_ops"
+    name = label = BATCH_INVARIANT_OPS
     about = "batch_invariant_ops around transformers' model.generate"
+    prefills = False
+    golden_runs = 0
 
     def missing(self, device: Device) -> str | None:
         """Return why it cannot run here: no GPU, or no such package."""
         if not device.is_cuda:
-            return "its kernels are a GPU's"
+            return "its kernels need a GPU"
         try:
             self._package()
-        except Exception as error:  # a package that is there can fail in its own way when it is imported
+        except Exception as error:  # an installed package may fail in its own way when it is imported
             return f"cannot be imported: {error}"
         return None
 
@@ -288,15 +324,21 @@ class BatchInvariantOpsArm(EagerArm):
         return mode
 
     def _package(self) -> Any:
-        return importlib.import_module("batch_invariant_ops")
+        return importlib.import_module(BATCH_INVARIANT_OPS)
 
 
-ARMS: dict[str, type[Arm]] = {
-    arm.name: arm for arm in (InvariantArm, VendorArm, SingleArm, PaddedArm, EagerArm, StaticArm, BatchInvariantOpsArm)
-}
+def known_arms() -> dict[str, Callable[[], Arm]]:
+    """Return what makes each arm, by name: one for each kind of policy that promises equal bits, and the others."""
+    makers: dict[str, Callable[[], Arm]] = {
+        arm.name: arm for arm in (VendorArm, EagerArm, StaticArm, BatchInvariantOpsArm)
+    }
+    for kind in registered_policies():
+        if kind.promises:
+            makers[kind.name] = partial(OwnArm if kind.engines == BATCH_INVARIANT else PolicyArm, kind)
+    return {name: makers[name] for name in arm_names()}
 
 
-def _cache_bytes(model: GPT2, rows: int, reach: int) -> int:
+def _cache_bytes(model: Model, rows: int, reach: int) -> int:
     return rows * -(-reach // PAGE) * model.kv_cache_bytes_per_page()
 
 
@@ -309,4 +351,6 @@ def _left_padded(prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, 
 
 def _check_length(made: int, asked: int) -> None:
     if made != asked:
-        raise EngineError(f"{made} tokens were generated where {asked} were asked for", hint="Its time says nothing")
+        raise EngineError(
+            f"{made} tokens were generated where {asked} were asked for", hint="Its time is not a measurement"
+        )

@@ -1,4 +1,4 @@
-"""Compare results as experiments do: bit for bit."""
+"""Compare results bit for bit, as experiments do."""
 
 from __future__ import annotations
 

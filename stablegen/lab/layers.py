@@ -1,7 +1,7 @@
 """Experiment 3: where in a transformer the difference arises, and how it grows from layer to layer.
 
-One sequence runs alone, and as row 0 of larger batches whose other rows have the same length: nothing is padded, the
-batch size alone changes. After each half of each layer the residual stream of that sequence is compared.
+One sequence runs alone, and as row 0 of larger batches whose other rows have the same length: nothing is padded, only
+the batch size changes. After each half of each layer the residual stream of that sequence is compared.
 """
 
 from __future__ import annotations
@@ -10,110 +10,51 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from stablegen.core.frozen import Frozen
-from stablegen.core.numerics import Numerics
 from stablegen.core.params import GenerationParams
-from stablegen.core.policy import Batch, Native, load_policy
+from stablegen.core.policy import Batch, control_policy
 from stablegen.core.request import ModelIdentity, Request
-from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.compute import computing, cpu_threads
+from stablegen.engine.invariant.architectures import check_invariant, find_architecture
+from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.loading import kernels_for, torch_device
-from stablegen.engine.transformers.decode import computing, cpu_threads
-from stablegen.errors import DeviceMemoryError, ParameterError
+from stablegen.errors import DeviceMemoryError, ParameterError, PolicyError
 from stablegen.kernels.base import Cache, KernelSet, Linear, Norm, Placed, Rows
 from stablegen.lab.bits import same_bits
-from stablegen.lab.machine import Machine, free_memory, machine_of
+from stablegen.lab.compared import own_policy
+from stablegen.lab.device import free_memory, machine_of
 from stablegen.lab.progress import ticker
+from stablegen.lab.reports.layers import (
+    EMBEDDING,
+    SCORES,
+    Kernels,
+    LayerDifference,
+    LayersReport,
+    LayersRun,
+    Stage,
+    attention_of,
+    mlp_of,
+)
 from stablegen.lab.subject import DTYPES, RANDOM, Subject, load_subject
-from stablegen.lab.tables import grouped, say, sheet
-from stablegen.machine.digests import DigestMemory
 from stablegen.machine.plan import find_device, numerics_on
-from stablegen.sources.checkpoint import open_checkpoint
+from stablegen.sources.checkpoint import CheckpointSource
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from stablegen.client import Progress
 
-Stage = Literal["prefill", "decode"]
 BATCHES = (2, 4, 8, 16, 32, 64)
 LENGTH = 32
 """Tokens of the sequence."""
 MIDDLES = ("ln_2", "post_attention_layernorm")
-"""What a block's second norm is called: it reads the residual stream between attention and MLP."""
-MEANING = (
-    "A difference enters at the first layer whose kernel takes another order of sums for another batch size; each "
-    "layer after it passes it on and adds its own."
-)
+"""Names of a block's second norm, which reads the residual stream between attention and MLP."""
 
 _Stream = dict[str, torch.Tensor]
-"""The residual stream of the sequence by where it was looked at, and its last scores."""
-
-
-class LayerDifference(Frozen):
-    """How far one place of the residual stream moved; ``largest``: the largest number there, in size."""
-
-    layer: str
-    max_abs: float
-    l2: float
-    equal: bool
-    largest: float
-
-
-class LayersInCompany(Frozen):
-    """The sequence as row 0 of a batch against the sequence alone, in the order of the layers.
-
-    ``prefill`` computes the whole sequence, ``decode`` the token that follows it.
-    """
-
-    kernels: Literal["vendor", "stablegen"]
-    dtype: str
-    stage: Stage
-    batch: int
-    layers: tuple[LayerDifference, ...]
-
-    @property
-    def first(self) -> str | None:
-        """Return the first layer that differs; None where none does."""
-        return next((one.layer for one in self.layers if not one.equal), None)
-
-    @property
-    def worst(self) -> LayerDifference | None:
-        """Return the layer of the largest difference, its scores aside; None where none differs."""
-        moved = [one for one in self.layers if not one.equal and one.layer != "scores"]
-        return max(moved, key=lambda one: one.max_abs, default=None)
-
-
-class LayersReport(Frozen):
-    """What the experiment found; ``length`` in tokens."""
-
-    model: str
-    machine: Machine
-    seed: int
-    length: int
-    batches: tuple[int, ...]
-    runs: tuple[LayersInCompany, ...]
-    unavailable: dict[str, str]
-    seconds: float
-
-    @property
-    def meaning(self) -> str:
-        """Return in words what was seen."""
-        seen = []
-        for kernels in dict.fromkeys(run.kernels for run in self.runs):
-            mine = [run for run in self.runs if run.kernels == kernels]
-            seen.append(f"{kernels} moved in {sum(run.first is not None for run in mine)} of {len(mine)} runs")
-        return f"{MEANING} Here {', '.join(seen)}."
-
-    @property
-    def ordered(self) -> list[LayersInCompany]:
-        """Return the runs by kernels, dtype and stage, and then by batch."""
-        groups = list(dict.fromkeys((run.kernels, run.dtype, run.stage) for run in self.runs))
-        return sorted(self.runs, key=lambda run: (groups.index((run.kernels, run.dtype, run.stage)), run.batch))
+"""The residual stream of the sequence by place, and its last scores."""
+_Run = Callable[[Sequence[Sequence[int]]], dict[Stage, _Stream]]
+"""Runs sequences as one batch; returns the stream of the first."""
 
 
 def measure(
@@ -128,11 +69,11 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LayersReport:
-    """Compare each layer of a model for one sequence, alone and in batches, under transformers and under stablegen.
+    """Compare each layer of a model for one sequence, alone and in batches, by transformers and by stablegen's kernels.
 
     ``model``: the embedded ``tiny-gpt2`` if None; ``random_weights``: GPT-2 small's shape instead. ``dtypes``: those
-    that suit the device if none. Raises ``ParameterError`` for what cannot be measured, ``DeviceError`` or
-    ``ModelError`` where device or model cannot be had.
+    that suit the device if empty. Raises ``ParameterError`` for settings that cannot be measured, ``DeviceError`` or
+    ``ModelError`` where device or model cannot be used.
     """
     started = time.perf_counter()
     if random_weights and model is not None:
@@ -141,31 +82,32 @@ def measure(
         raise ParameterError(f"batch={','.join(map(str, batches))}", accepted="whole numbers from 2 on")
     place = find_device(device, "float32")
     torch_device(place.name)
-    checkpoint = None if random_weights else open_checkpoint(model, revision, DigestMemory(None))
+    source = None if random_weights else CheckpointSource.open(model, revision)
     chosen = tuple(dict.fromkeys(dtypes)) or DTYPES["cuda" if place.is_cuda else "cpu"]
     for dtype in chosen:
         find_device(device, dtype)
     tick = ticker(progress, 2 * len(chosen) * (len(batches) + 1))
-    runs: list[LayersInCompany] = []
+    runs: list[LayersRun] = []
     unavailable: dict[str, str] = {}
     for dtype in chosen:
-        subject = load_subject(checkpoint, place, dtype)
+        subject = load_subject(source, place, dtype)
         if not 1 <= length < subject.context:
             raise ParameterError(f"length={length}", accepted=f"1 to {subject.context - 1} tokens")
-        lanes: dict[Literal["vendor", "stablegen"], Callable[[Sequence[Sequence[int]]], dict[Stage, _Stream]]]
-        lanes = {"vendor": _Native(subject).run}
-        if subject.model.config.model_type == "gpt2":
-            lanes["stablegen"] = _Own(subject, max(batches), length).run
+        lanes: dict[Kernels, _Run] = {"vendor": _Vendor(subject).run}
+        try:
+            check_invariant(subject.config)
+        except PolicyError as error:
+            unavailable["stablegen"] = error.problem
         else:
-            unavailable["stablegen"] = f"its kernels run GPT-2, and this is a {subject.model.config.model_type}"
+            lanes["stablegen"] = _Own(subject, max(batches), length).run
         sequences = _sequences(subject, length, max(batches), seed)
         for kernels, run in lanes.items():
-            alone = _fitting(run, sequences[:1])
+            alone = _within_memory(run, sequences[:1])
             tick()
             for batch in batches:
-                together = _fitting(run, sequences[:batch])
+                together = _within_memory(run, sequences[:batch])
                 runs += [
-                    LayersInCompany(
+                    LayersRun(
                         kernels=kernels,
                         dtype=dtype,
                         stage=stage,
@@ -178,7 +120,7 @@ def measure(
         del subject, lanes
         free_memory(place.name)
     return LayersReport(
-        model=RANDOM if checkpoint is None else checkpoint.identity.name,
+        model=RANDOM if source is None else source.identity.name,
         machine=machine_of(place),
         seed=seed,
         length=length,
@@ -189,10 +131,8 @@ def measure(
     )
 
 
-def _fitting(
-    run: Callable[[Sequence[Sequence[int]]], dict[Stage, _Stream]], sequences: Sequence[Sequence[int]]
-) -> dict[Stage, _Stream]:
-    """Return what a run of sequences shows; raise ``DeviceMemoryError`` where they do not fit."""
+def _within_memory(run: _Run, sequences: Sequence[Sequence[int]]) -> dict[Stage, _Stream]:
+    """Run sequences; raise ``DeviceMemoryError`` where they do not fit."""
     try:
         return run(sequences)
     except torch.OutOfMemoryError as error:
@@ -202,7 +142,7 @@ def _fitting(
 
 
 def _sequences(subject: Subject, length: int, count: int, seed: int) -> list[list[int]]:
-    """Return random sequences, no two beginning alike: what begins alike is computed once."""
+    """Return random sequences with different first tokens: an engine may compute a shared prefix once."""
     generator = random.Random(seed)
     firsts = generator.sample(range(subject.vocabulary), count)
     return [[first, *(generator.randrange(subject.vocabulary) for _ in range(length - 1))] for first in firsts]
@@ -220,52 +160,52 @@ def _differences(alone: Mapping[str, torch.Tensor], together: Mapping[str, torch
         )
 
 
-# --- transformers as it is --------------------------------------------------------------------------------------------
+# --- transformers' own forward pass -----------------------------------------------------------------------------------
 
 
-class _Native:
-    """Transformers' own forward pass, looked at through hooks."""
+class _Vendor:
+    """Transformers' own forward pass, observed by hooks."""
 
     def __init__(self, subject: Subject) -> None:
         self._model = subject.model
-        self._threads = numerics_on(subject.device, Native(), subject.dtype).threads
+        self._threads = numerics_on(subject.device, control_policy(), subject.dtype).threads
         lists = [part for part in self._model.modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
         self._blocks = lists[0]
         self._next: int | None = None
 
     def run(self, sequences: Sequence[Sequence[int]]) -> dict[Stage, _Stream]:
-        """Return the stream of the first sequence: as it is computed, and one token on."""
+        """Return the stream of the first sequence, in its prefill and in one decode step after it."""
         ids = torch.tensor(sequences, device=self._model.device)
         with computing(self._model.device), cpu_threads(self._threads):
-            with self._watched() as prefill:
+            with self._recorded() as prefill:
                 out = self._model(input_ids=ids, use_cache=True)
-            prefill["scores"] = out.logits[0, -1].clone()
-            if self._next is None:  # the answer of the sequence alone is every batch's next token
-                self._next = int(prefill["scores"].argmax())
+            prefill[SCORES] = out.logits[0, -1].clone()
+            if self._next is None:  # the first run, of the sequence alone, decides the token that every batch decodes
+                self._next = int(prefill[SCORES].argmax())
             following = ids[:, :1].clone()
             following[0] = self._next
-            with self._watched() as decode:
+            with self._recorded() as decode:
                 out = self._model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
-            decode["scores"] = out.logits[0, -1].clone()
+            decode[SCORES] = out.logits[0, -1].clone()
         return {"prefill": prefill, "decode": decode}
 
     @contextmanager
-    def _watched(self) -> Iterator[_Stream]:
-        """Collect row 0 of the residual stream before the layers, and after each half of each."""
+    def _recorded(self) -> Iterator[_Stream]:
+        """Record row 0 of the residual stream before the layers, and after each half of each."""
         seen: _Stream = {}
         hooks = []
 
         def before(name: str, module: torch.nn.Module) -> None:
-            def look(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            def record(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
                 seen[name] = (given[0] if given else named["hidden_states"])[0].clone()
 
-            hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
 
         def after(name: str, module: torch.nn.Module) -> None:
-            def look(_: torch.nn.Module, __: Any, out: Any) -> None:
+            def record(_: torch.nn.Module, __: Any, out: Any) -> None:
                 seen[name] = (out if isinstance(out, torch.Tensor) else out[0])[0].clone()
 
-            hooks.append(module.register_forward_hook(look))
+            hooks.append(module.register_forward_hook(record))
 
         before(EMBEDDING, self._blocks[0])
         for index, block in enumerate(self._blocks):
@@ -280,32 +220,19 @@ class _Native:
                 hook.remove()
 
 
-EMBEDDING = "embedding"
-
-
-def attention_of(index: int) -> str:
-    """Return the name of the stream after a layer's attention."""
-    return f"{index} attention"
-
-
-def mlp_of(index: int) -> str:
-    """Return the name of the stream after a layer's MLP, which ends the layer."""
-    return f"{index} MLP"
-
-
 # --- the invariant kernels --------------------------------------------------------------------------------------------
 
 
 class _Pass(NamedTuple):
-    """What one pass of the engine showed: its rows, and the stream of all tokens by place."""
+    """One pass of the engine: its rows, and the stream of all its tokens by place."""
 
     rows: Rows
     slots: torch.Tensor
     stream: _Stream
 
 
-class _Watching:
-    """A kernel set that keeps what another one returns of the residual stream."""
+class _Recording:
+    """A kernel set that records the residual stream which another one returns."""
 
     def __init__(self, kernels: KernelSet) -> None:
         self._kernels = kernels
@@ -332,31 +259,32 @@ class _Watching:
 
 
 class _Own:
-    """Stablegen's forward pass over the same weights, its kernels watched."""
+    """Stablegen's forward pass over the same weights, its kernels recorded."""
 
     def __init__(self, subject: Subject, rows: int, length: int) -> None:
         model, device = subject.model, subject.model.device
-        self._watching = _Watching(kernels_for(device))
-        own = GPT2(
-            model.config.to_dict(),
+        self._recording = _Recording(kernels_for(device))
+        own = find_architecture(subject.config).build(
+            subject.config,
             model.state_dict(),
-            cast("KernelSet", self._watching),
+            cast("KernelSet", self._recording),
             dtype=getattr(torch, subject.dtype),
             device=device,
         )
-        self._engine = GPT2Engine(own, _invariant(subject), chunk=rows * length, max_rows=rows, graphs=False)
+        numerics = numerics_on(subject.device, own_policy(), subject.dtype)
+        self._engine = InvariantEngine(own, numerics, chunk=rows * length, max_rows=rows, graphs=False)
 
     def run(self, sequences: Sequence[Sequence[int]]) -> dict[Stage, _Stream]:
-        """Return the stream of the first sequence: as it is computed, and one token on."""
+        """Return the stream of the first sequence, in its prefill and in one decode step after it."""
         identity = ModelIdentity(source="digest", digest="lab")
         params = GenerationParams(max_new_tokens=2)
         requests = tuple(Request(tuple(ids), params, identity, "") for ids in sequences)
         self._engine.forget()
-        self._watching.passes.clear()
+        self._recording.passes.clear()
         scores: list[torch.Tensor] = []
 
-        def observe(slot: int, row: torch.Tensor) -> None:
-            if slot == 0:
+        def observe(request: Request, row: torch.Tensor) -> None:
+            if request is requests[0]:
                 scores.append(row.clone())
 
         for _ in self._engine.generate(Batch(requests), observe):
@@ -364,7 +292,7 @@ class _Own:
         ids = torch.tensor(sequences[0], dtype=torch.int32, device=self._engine.model.device)
         found: dict[Stage, _Stream] = {}
         slot: torch.Tensor | None = None
-        for one in self._watching.passes:
+        for one in self._recording.passes:
             if slot is None:
                 starts = (first for first, count, _ in one.rows.spans if count == len(ids))
                 slot = next(
@@ -375,44 +303,12 @@ class _Own:
                 found["decode"] = _of_slot(one, slot)
                 break
         for stream, row in zip(found.values(), scores, strict=True):
-            stream["scores"] = row
+            stream[SCORES] = row
         return found
 
 
 def _of_slot(one: _Pass, slot: torch.Tensor) -> _Stream:
-    """Return the stream of one slot's tokens; after the last layer only tokens that choose are left."""
+    """Return the stream of one slot's tokens; after the last layer only tokens whose scores are computed are left."""
     mine = one.slots == slot
     chosen = mine[one.rows.last.long()]
     return {name: value[mine] if len(value) == len(mine) else value[chosen] for name, value in one.stream.items()}
-
-
-def _invariant(subject: Subject) -> Numerics:
-    return numerics_on(subject.device, load_policy("invariant"), subject.dtype)
-
-
-# --- showing ----------------------------------------------------------------------------------------------------------
-
-
-def render(report: LayersReport, console: Console) -> None:
-    """Print a report as tables."""
-    say(console, f"layers: {report.model}, a sequence of {report.length} tokens, on {report.machine.summary()}")
-    table = sheet("", "stage", "batch", "first that differs", "worst layer", "max abs there", "l2", "max abs of scores")
-    for titles, counts, cells in grouped(
-        ((f"{run.kernels} {run.dtype}", run.stage), run.batch, _cells(run)) for run in report.ordered
-    ):
-        table.add_row(*titles, counts, *cells)
-    console.print(table)
-    for name, reason in report.unavailable.items():
-        say(console, f"not measured: {name}: {reason}")
-    say(console, report.meaning)
-
-
-def _cells(run: LayersInCompany) -> tuple[str, ...]:
-    worst, scores = run.worst, run.layers[-1]
-    return (
-        run.first or "none",
-        "none" if worst is None else worst.layer,
-        "0, same bits" if worst is None else f"{worst.max_abs:.3g}",
-        "" if worst is None else f"{worst.l2:.3g}",
-        "0, same bits" if scores.equal else f"{scores.max_abs:.3g}",
-    )

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from stablegen.core.audit import AuditReport
-    from stablegen.lab.bench import Cell, Report
+    from stablegen.lab.reports.bench import Cell, Report
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _MARKERS = "osD^vPX"
 
 
 def check_plot(file: Path) -> None:
-    """Raise an error where no picture could be written: a bench must not end in one."""
+    """Raise an error where no picture could be written, before hours of measuring end in it."""
     if file.suffix.lower() not in SUFFIXES:
         raise ParameterError(f"plot={str(file)!r}", accepted=f"a file that ends in {', '.join(SUFFIXES)}")
     if not file.absolute().parent.is_dir():
@@ -35,18 +35,18 @@ def check_plot(file: Path) -> None:
 
 
 def draw(report: Report, file: Path) -> None:
-    """Write a report's decode steps to ``file``: a panel a dtype, a line an arm, its range as error bars."""
+    """Write a report's decode steps to ``file``: a panel for each dtype, a line with error bars for each arm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * len(report.floors), 5.4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a screen; a file's suffix may choose another canvas
+    FigureCanvasAgg(figure)  # draws without a screen; the file's suffix may select another canvas
     panels = figure.subplots(1, len(report.floors), sharey=True, squeeze=False)[0]
     for axes, floor in zip(panels, report.floors, strict=True):
         _panel(axes, report, floor.dtype, floor.seconds)
     panels[0].set_ylabel("ms a decode step")
     caption = (
-        f"{report.model}; prompts of {report.plan.prompt} tokens, {report.plan.tokens} new ones; median and range of "
+        f"{report.model}; prompts of {report.plan.prompt} tokens, {report.plan.tokens} new tokens; median and range of "
         f"{report.plan.repeats} repeats; floor: weights read once at {report.bandwidth.bytes_per_second / 1e9:,.0f} "
         f"GB/s. {report.machine.summary()}"
     )
@@ -55,7 +55,7 @@ def draw(report: Report, file: Path) -> None:
 
 
 def draw_reliability(report: AuditReport, file: Path) -> None:
-    """Write an audit's predicted probabilities against what was observed to ``file``, with their confidence bounds."""
+    """Write an audit's predicted and observed probabilities to ``file``, with confidence bounds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def draw_reliability(report: AuditReport, file: Path) -> None:
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted probability of diverging", ylabel="observed")
     axes.legend(frameon=False)
     caption = (
-        f"{report.model}, {report.numerics.summary()}: {report.audited} cached answers generated anew; "
+        f"{report.model}, {report.numerics.summary()}: {report.audited} cached answers generated again; "
         "bars: 95 % confidence, numbers: answers"
     )
     figure.supxlabel(textwrap.fill(caption, 80), fontsize="x-small")
@@ -89,8 +89,6 @@ def _save(figure: Figure, file: Path) -> None:
 def _panel(axes: Axes, report: Report, dtype: str, floor: float) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    from stablegen.lab.arms import ARMS
-
     axes.set(title=dtype, xlabel="batch size", xscale="log", yscale="log")
     for index, arm in enumerate(report.plan.arms):
         cells = [c for c in report.decode if (c.arm, c.dtype) == (arm, dtype) and _drawable(c)]
@@ -98,14 +96,14 @@ def _panel(axes: Axes, report: Report, dtype: str, floor: float) -> None:
             continue
         steps = [c.step for c in cells if c.step is not None]
         middle = [step.median * 1e3 for step in steps]
-        # a range that reaches 0 has no place on a logarithmic axis; it ends at a tenth of the median
+        # a logarithmic axis has no 0: a range that reaches it ends at a tenth of the median
         below = [(s.median - max(s.lowest, s.median / 10)) * 1e3 for s in steps]
         above = [(s.highest - s.median) * 1e3 for s in steps]
         axes.errorbar(
             [c.batch for c in cells],
             middle,
             yerr=(below, above),
-            label=ARMS[arm].label,
+            label=report.label(arm),
             color=f"C{index}",
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,

@@ -1,4 +1,4 @@
-"""Count what an experiment has done, for whoever shows it."""
+"""Count the finished parts of an experiment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def ticker(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Return what is called after each of ``total`` parts, and tells ``progress`` where there is one."""
+    """Return a function to call after each of ``total`` parts; it tells ``progress``, where there is one."""
     if progress is None:
         return lambda: None
     done = iter(range(1, total + 1))

@@ -11,7 +11,7 @@ from stablegen.errors import InputFileError
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One line of input: its number (from 1; 0 for an argument), and its prompt or what is wrong with it."""
+    """One line of input: its number (from 1; 0 for an argument), and its prompt or the error in it."""
 
     number: int
     prompt: str | None
@@ -19,10 +19,10 @@ class PromptLine:
 
 
 def read_prompts(lines: Iterable[bytes], name: str) -> list[PromptLine]:
-    """Return the prompts of a file or pipe; blank lines are skipped, broken ones come back with their error.
+    """Return the prompts of a file or pipe; blank lines are skipped, lines that cannot be read have their error.
 
-    A ``name`` that ends in ``.jsonl`` or a first line that begins with ``{`` makes it JSON lines: objects with a
-    string ``prompt`` each, other members being the caller's own. Anything else is one prompt a line.
+    The input is JSON lines if its ``name`` ends in ``.jsonl`` or its first line begins with ``{``: objects with a
+    string ``prompt``, whose other members are ignored. Otherwise each line is a prompt.
     """
     found: list[PromptLine] = []
     as_json = True if name.endswith((".jsonl", ".ndjson")) else None
@@ -31,10 +31,10 @@ def read_prompts(lines: Iterable[bytes], name: str) -> list[PromptLine]:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             if not line.strip():
                 continue
-            if as_json is None:  # the first line that can be read decides
+            if as_json is None:  # the first readable line decides
                 as_json = line.lstrip().startswith("{")
             found.append(PromptLine(number, _prompt(line) if as_json else line))
-        except (ValueError, RecursionError) as problem:  # broken UTF-8 and broken JSON are kinds of the first
+        except (ValueError, RecursionError) as problem:  # invalid UTF-8 and invalid JSON are ValueErrors
             error = InputFileError(
                 f"{name}, line {number}: {problem}", accepted='UTF-8; {"prompt": "..."} or plain text on each line'
             )
@@ -61,4 +61,4 @@ _OPENINGS = (
     "In those days {} was",
 )
 SAMPLE = tuple(opening.format(subject) for subject in _SUBJECTS for opening in _OPENINGS)
-"""Prompts to measure a model by where the user names none."""
+"""Prompts with which a model is measured where the user names none."""

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from stablegen.core.policy import Native
-from stablegen.engine.loading import load_engine
-from stablegen.engine.transformers.engine import TransformersEngine
+from stablegen.engine.loading import load_model, torch_device
 from stablegen.machine.device import Device
-from stablegen.machine.plan import numerics_on
-from stablegen.sources.checkpoint import Checkpoint
+from stablegen.sources.checkpoint import CheckpointSource
 
 RANDOM = "gpt2-small, random weights"
 DTYPES = {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}
-"""What an experiment runs in where the user names no dtype, by device."""
+"""The dtypes of an experiment where the user names none, by device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model that all arms run: transformers' own object, on its device and in its dtype.
+    """The transformers model that an experiment measures, on its device and in its dtype.
 
     ``context`` and ``vocabulary`` in tokens.
     """
@@ -32,18 +30,23 @@ class Subject:
     context: int
     vocabulary: int
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return the model's configuration."""
+        found: dict[str, Any] = self.model.config.to_dict()
+        return found
 
-def load_subject(checkpoint: Checkpoint | None, device: Device, dtype: str) -> Subject:
-    """Return a checkpoint's model on the device, or GPT-2 small with random weights where there is none."""
+
+def load_subject(source: CheckpointSource | None, device: Device, dtype: str) -> Subject:
+    """Return a checkpoint's model on the device, or GPT-2 small with random weights if ``source`` is None."""
     from transformers import GenerationConfig
 
-    if checkpoint is None:
+    if source is None:
         model = _random_model().to(device=device.name, dtype=getattr(torch, dtype))
         context = random_context()
     else:
-        engine = load_engine(checkpoint, numerics_on(device, Native(), dtype), device.name)
-        assert isinstance(engine, TransformersEngine)
-        model, context = engine.model, checkpoint.context
+        model = load_model(source.directory, getattr(torch, dtype), torch_device(device.name))
+        context = source.context
     # without an end token every answer has the length that was asked for
     model.generation_config = GenerationConfig(pad_token_id=0)
     return Subject(model.eval(), dtype, device, context, int(model.config.vocab_size))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stablegen.core.numerics import Numerics
-from stablegen.core.policy import ExecutionPolicy, Invariant, Padded, Single
+from stablegen.core.policy import BATCH_INVARIANT, ExecutionPolicy
 from stablegen.machine.device import Device, resolve_device, usable_cpus
 
 ENGINE_VERSION = 2
@@ -95,20 +95,24 @@ def numerics_on(
     """Return the numerics of a policy and dtype on a device, known without importing torch.
 
     ``attention`` is the attention implementation of the transformers model, ``static_cache`` whether the model
-    ``allows_static_cache``; ``invariant`` has its own, and copies its weights to aligned places.
+    ``allows_static_cache``; batch-invariant engines have their own, and copy their
+    weights to aligned places.
     """
-    own = isinstance(policy, Invariant)
+    own = policy.engines == BATCH_INVARIANT
+    static = not own and policy.promises and static_cache and device.is_cuda and attention == "sdpa"
     if own:
-        kernel_set = "triton" if device.is_cuda else "reference"
-        kernels = f"{kernel_set}/{KERNEL_VERSIONS[kernel_set]}"
-    elif static_cache and device.is_cuda and attention == "sdpa" and isinstance(policy, Single | Padded):
-        kernels = f"transformers-sdpa-static/{STATIC_ENGINE_VERSION}"
+        engine = "triton" if device.is_cuda else "reference"
+        version = KERNEL_VERSIONS[engine]
     else:
-        kernels = f"transformers-{attention}/{ENGINE_VERSION}"
+        engine = "transformers"
+        version = STATIC_ENGINE_VERSION if static else ENGINE_VERSION
     return Numerics(
         policy=policy.spec,
         dtype=dtype,
-        kernels=kernels,
+        engine=engine,
+        engine_version=version,
+        attention=None if own else attention,
+        static=static,
         device="cuda" if device.is_cuda else "cpu",
         device_model=device.model,
         compute_capability=None if device.capability is None else "{}.{}".format(*device.capability),
@@ -130,8 +134,7 @@ def numerics_on(
 @lru_cache(maxsize=64)
 def processed(numerics: Numerics) -> Numerics:
     """Return the numerics of answers whose tokens are chosen from processed scores: transformers processes them."""
-    kernels = f"{numerics.kernels}+choosing/{CHOOSING_VERSION}"
-    return numerics.model_copy(update={"kernels": kernels, "transformers": version_of("transformers")})
+    return numerics.model_copy(update={"choosing": CHOOSING_VERSION, "transformers": version_of("transformers")})
 
 
 @lru_cache

@@ -1,5 +1,5 @@
 "use strict";
-// Walks the tokens of an answer by keyboard, and shows the details of the one chosen or pointed at.
+// Moves between the tokens of an answer by keyboard, and shows the details of the selected or hovered one.
 (() => {
   const list = document.getElementById("tokens");
   if (!list) return;

@@ -1,4 +1,4 @@
-"""The page of one answer: every token by how easily it flips, and where other runs part from it."""
+"""The page of one answer: how easily each token flips, and where other runs diverge from it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stablegen.lab.reports.wording import DeviceNames
 from stablegen.pages.render import number, one_line, write_page
 from stablegen.reports.answer import Inspection, Step
 
 LEVELS = (1e-6, 1e-4, 1e-2, 1e-1)
-"""Probabilities of a flip from which on a token is coloured one class higher."""
+"""Probabilities of a flip at which a token's colour changes to the next class."""
 LEVEL_NAMES = ("below 10⁻⁶", "to 10⁻⁴", "to 1 %", "to 10 %", "above 10 %")
 
 
@@ -26,6 +27,7 @@ def write_answer(found: Inspection, file: Path) -> None:
         file,
         machine=found.current.device_model,
         found=found,
+        devices=_devices(found),
         steps=steps,
         fragile=fragile,
         first=risks.index(max(risks)) if risks else 0,
@@ -41,6 +43,13 @@ def write_answer(found: Inspection, file: Path) -> None:
     )
 
 
+def _devices(found: Inspection) -> DeviceNames:
+    """Return short names for the numerics of other runs and of flagged hits."""
+    names = [name for one in found.divergences for name in (one.older_numerics, one.newer_numerics)]
+    names += [name for hit in found.flagged for name in (hit.recorded, hit.current)]
+    return DeviceNames.of(names if found.superseded_numerics is None else [*names, found.superseded_numerics])
+
+
 def level(probability: float | None) -> int:
     """Return the class, 0 to 4, of a probability of a flip; 0 for none."""
     return sum((probability or 0.0) >= one for one in LEVELS)
@@ -51,7 +60,7 @@ def _place(found: Inspection, margin: float | None) -> int | None:
 
 
 def _shown(step: Step) -> dict[str, Any]:
-    """Return a step as its token and its details are shown."""
+    """Return a step's token and details as the page shows them."""
     return {
         "text": _token(step.token, step.text),
         "breaks": step.text is not None and step.text.endswith("\n"),
@@ -67,5 +76,5 @@ def _shown(step: Step) -> dict[str, Any]:
 
 
 def _token(token: int, text: str | None) -> str:
-    """Return a token's text, or its id where the text is not known or is empty."""
+    """Return a token's text, or its id where the text is unknown or empty."""
     return one_line(text) if text else f"[{token}]"

@@ -1,5 +1,5 @@
 "use strict";
-// The table of all answers: filtered, sorted, and only the rows in sight are in the document.
+// The table of all answers: filtered and sorted; only the visible rows are in the document.
 (() => {
   const data = JSON.parse(document.getElementById("answers-data").textContent);
   const by = (id) => document.getElementById(id);
@@ -25,7 +25,7 @@
     if (power >= -4 && power < digits) return String(Number(value.toPrecision(digits)));
     return mantissa + "×10" + raised(power);
   }
-  const short = (value) => number(value, value !== null && value < 0.1 ? 2 : 3); // the smallest must not be cut off
+  const short = (value) => number(value, value !== null && value < 0.1 ? 2 : 3); // the column is narrow
   const date = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 10);
   const moment = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 16).replace("T", " ");
   const apps = (row) => row[APPS].map((app) => data.apps[app]).join(", ");
@@ -63,7 +63,7 @@
     (row) => cell(date(row[DATE])),
   ];
 
-  // -- which are shown, and in what order
+  // -- filtering and sorting
 
   const collator = new Intl.Collator("en", { numeric: true });
   const byNumber = (value) => (one, other) => value(rows[one]) - value(rows[other]);
@@ -72,7 +72,7 @@
     const key = (place) => keys.get(place) ?? keys.set(place, value(rows[place]).slice(0, 80)).get(place);
     return (one, other) => collator.compare(key(one), key(other));
   };
-  // column: how two rows compare, and whether the first click sorts downwards
+  // column: how two rows compare, and whether the first click sorts in descending order
   const columns = {
     verdict: [(one, other) => one - other, false],
     p: [byNumber((row) => row[RISK] ?? -1), true],
@@ -89,10 +89,10 @@
   const haystack = (place) =>
     (haystacks[place] ??= (rows[place][PROMPT] + "\n" + rows[place][ANSWER] + "\n" + rows[place][KEY]).toLowerCase());
 
-  let order = rows.map((_, place) => place); // all rows as they are sorted
-  let shown = order; // those of them that the filters let through
+  let order = rows.map((_, place) => place); // all rows, sorted
+  let shown = order; // those that match the filters
   let sorted = { column: "verdict", down: false };
-  let active = 0; // the chosen row's place among those shown
+  let active = 0; // the selected row's place among those shown
 
   function filter() {
     const words = by("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -132,7 +132,7 @@
     }
   }
 
-  // -- the rows in sight
+  // -- the visible rows
 
   const spaces = [element("tr"), element("tr")].map((made) => {
     made.className = "space";
@@ -185,7 +185,7 @@
     draw();
   }
 
-  // -- the details of one
+  // -- the details of one answer
 
   function fact(name, value) {
     by("d-facts").append(element("dt", name), element("dd", value));
@@ -197,31 +197,32 @@
     chip(by("d-verdict"), row[STATUS]);
     by("d-prompt").textContent = manyLines(row[PROMPT]);
     by("d-answer").textContent = manyLines(row[ANSWER]) || "(empty)";
-    const told = row[STEP] !== null;
+    const stepKnown = row[STEP] !== null;
     by("d-step-heading").textContent = data.statuses[row[STATUS]] === "diverged" ? "First step that differs" : "Most fragile step";
-    by("d-step-heading").hidden = by("d-duel").hidden = !told;
+    by("d-step-heading").hidden = by("d-duel").hidden = !stepKnown;
     by("d-token").textContent = row[TOKEN] === null ? "(its end)" : oneLine(row[TOKEN]);
     by("d-runner").textContent = row[RUNNER] === null ? "(its end)" : oneLine(row[RUNNER]);
     by("d-facts").replaceChildren();
-    if (told) fact("step", `${row[STEP]} of ${row[TOKENS]}`);
-    if (told) fact("margin", number(row[MARGIN], 4));
+    if (stepKnown) fact("step", `${row[STEP]} of ${row[TOKENS]}`);
+    if (stepKnown) fact("margin", number(row[MARGIN], 4));
     fact("p(divergence)", number(row[RISK]) + (data.words[row[BASIS]] === "none" ? "" : ` (${data.words[row[BASIS]]})`));
     fact("because", data.words[row[REASON]].replaceAll("->", "→"));
     fact("computed by", data.numerics[row[NUMERICS]]);
     fact("computed", moment(row[DATE]) + " UTC");
     fact("app", oneLine(apps(row)) || "none");
-    fact("model", oneLine(data.models[row[MODEL]]) + (row[BITS] & 1 ? "" : ", not this report's model or tokenizer"));
+    fact("model", oneLine(data.models[row[MODEL]]) + (row[BITS] & 1 ? "" : ", not the model or tokenizer of this report"));
     if (row[BITS] & 2) fact("kind", "a scored continuation");
-    if (row[BITS] & 4) fact("superseded", "an earlier answer, which is kept behind it");
+    if (row[BITS] & 4) fact("superseded", "an earlier answer, which is kept with it");
     fact("key", row[KEY]);
     by("d-facts").lastChild.className = "mono";
     by("d-flagged").hidden = row[FLAGS].length === 0;
+    by("d-devices").textContent = "Judged on " + data.devices;
     by("d-hits").replaceChildren(...row[FLAGS].map(([app, status, risk, current, seen]) => {
       const made = element("tr");
       const verdict = cell();
       verdict.append(chip(element("span"), status));
       const where = app < 0 ? "none" : oneLine(data.apps[app]);
-      made.append(cell(moment(seen)), cell(where), verdict, cell(number(risk), "num"), cell(data.numerics[current]));
+      made.append(cell(moment(seen)), cell(where), verdict, cell(number(risk), "num"), cell(data.short[current]));
       return made;
     }));
     by("d-command").textContent = "stablegen inspect " + row[KEY];
@@ -237,13 +238,13 @@
     by("d-inside").focus({ preventScroll: true });
   }
 
-  function walk(by_) {
+  function move(by_) {
     const before = active;
     choose(active + by_);
     if (active !== before) fill();
   }
 
-  // -- what one does
+  // -- keyboard and mouse
 
   const page = () => Math.max(1, Math.floor(viewport.clientHeight / height) - 2);
   const keys = {
@@ -272,14 +273,14 @@
   });
   details.addEventListener("keydown", (event) => {
     if (event.target.closest("button") && (event.key === "Enter" || event.key === " ")) return;
-    if (event.key === "j" || (event.key === "ArrowDown" && event.altKey)) walk(1);
-    if (event.key === "k" || (event.key === "ArrowUp" && event.altKey)) walk(-1);
+    if (event.key === "j" || (event.key === "ArrowDown" && event.altKey)) move(1);
+    if (event.key === "k" || (event.key === "ArrowUp" && event.altKey)) move(-1);
   });
   details.addEventListener("click", (event) => { if (event.target === details) details.close(); });
   details.addEventListener("close", () => grid.focus({ preventScroll: true }));
   by("d-close").addEventListener("click", () => details.close());
-  by("d-next").addEventListener("click", () => walk(1));
-  by("d-previous").addEventListener("click", () => walk(-1));
+  by("d-next").addEventListener("click", () => move(1));
+  by("d-previous").addEventListener("click", () => move(-1));
 
   function refilter() {
     viewport.scrollTop = 0;

@@ -9,18 +9,19 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stablegen.core.answer import Status
 from stablegen.core.audit import OUTCOMES, AuditReport, Share
+from stablegen.core.verdict import Status
+from stablegen.lab.reports.wording import DeviceNames
 from stablegen.pages import charts
 from stablegen.pages.render import number, percent, write_page
 from stablegen.reports.cache import EDGES, STATUSES, Answer, CacheReport, Margins, WhatIf, rests_on
 
 MOST = 10
-"""Groups of a chart; what is smaller goes together."""
+"""Groups of a chart; smaller ones are combined."""
 _SELF_CHECKS = {
     "passed": "passed",
     "failed": "failed",
-    "none": "not made yet",
+    "none": "not run yet",
     "no promise": "no promise",
 }
 
@@ -34,7 +35,7 @@ def write_cache(report: CacheReport, file: Path) -> None:
         report=report,
         flagged=sum(report.verdicts[status] for status in ("at_risk", "diverged", "unknown")),
         pictures=_pictures(report) if report.records else [],
-        foretold=_foretold(report.what_if) if any(one.verdicts for one in report.what_if) else None,
+        what_if_chart=_what_if_chart(report.what_if) if any(one.verdicts for one in report.what_if) else None,
         what_if=[_row(one) for one in report.what_if],
         audit=None if report.audit is None else _audit(report.audit),
         data=_data(report),
@@ -57,19 +58,21 @@ def _pictures(report: CacheReport) -> list[tuple[Markup, str, str]]:
                 each=[f"v-{status}" for status in shown],
             ),
             "Verdicts",
-            "What a hit on each would be judged now.",
+            "How a hit on each would be judged now.",
         )
     ]
+    devices = DeviceNames.of(report.by_numerics)
+    by_numerics = {devices.short[name]: verdicts for name, verdicts in report.by_numerics.items()}
     grouped = (
         ("app", report.by_app, "An answer of several apps counts for each."),
         ("model", report.by_model, "Models that answered."),
-        ("numerics", report.by_numerics, "How the answers were computed."),
+        ("numerics", by_numerics, f"How the answers were computed, on {devices.legend}."),
     )
     for name, groups, note in grouped:
         if len(groups) > 1 or name == "numerics":
             found.append((_stacked(f"Answers by {name} and verdict", groups), f"By {name}", note))
     for margins, heading, note in (
-        (report.smallest, "Smallest margin of each answer", "Best minus second-best score at its narrowest step."),
+        (report.smallest, "Smallest margin of each answer", "Best minus second-best score at its closest step."),
         (report.all, "Margins of all steps", "Best minus second-best score."),
     ):
         if margins.total:
@@ -109,11 +112,11 @@ def _distribution(title: str, margins: Margins) -> Markup:
     )
 
 
-def _foretold(what_if: list[WhatIf]) -> Markup:
+def _what_if_chart(what_if: list[WhatIf]) -> Markup:
     able = [one for one in what_if if one.problem is None]
     shown = [status for status in STATUSES if any(one.verdicts[status] for one in able)]
     return charts.bars(
-        "What each policy would make of the cache",
+        "Verdicts of the cache under each policy",
         [one.policy + (" (now)" if one.current else "") for one in able],
         {_named(status): [one.verdicts[status] for one in able] for status in shown},
         stacked=True,
@@ -136,7 +139,7 @@ def _row(one: WhatIf) -> dict[str, Any]:
 
 
 def _audit(report: AuditReport) -> dict[str, Any]:
-    """Return what a page shows of an audit."""
+    """Return an audit as the page shows it."""
     caught = [(point.recall, point.precision) for point in report.curve if point.recall is not None]
     points = [
         charts.Point(
@@ -182,12 +185,12 @@ def _audit(report: AuditReport) -> dict[str, Any]:
 
 def _share(share: Share) -> tuple[str, str]:
     if share.value is None:
-        return "none to tell", ""
+        return "unknown", "there are none"
     return percent(share.value), f"{share.count} of {share.of}; {percent(share.low)} to {percent(share.high)}"
 
 
 class _Names:
-    """Texts that come again and again, by their places in one list."""
+    """Repeated texts, each by its place in one list."""
 
     def __init__(self, start: tuple[str, ...] = ()) -> None:
         self.places = {name: place for place, name in enumerate(start)}
@@ -197,7 +200,7 @@ class _Names:
 
 
 def _data(report: CacheReport) -> dict[str, Any]:
-    """Return the answers as the page's script reads them: rows of values, texts that come again by number."""
+    """Return the answers as the page's script reads them: rows of values, with repeated texts by their numbers."""
     apps, models, numerics, reasons = _Names(), _Names(), _Names(), _Names()
     statuses = _Names(STATUSES)
 
@@ -235,8 +238,11 @@ def _data(report: CacheReport) -> dict[str, Any]:
         ]
 
     rows = [row(answer) for answer in report.answers]
+    devices = DeviceNames.of(numerics.places)
     return {
         "rows": rows,
+        "devices": devices.legend,
+        "short": list(devices.short.values()),
         "apps": list(apps.places),
         "models": list(models.places),
         "numerics": list(numerics.places),

@@ -1,4 +1,4 @@
-"""Charts as inline SVG that scales: coloured by the page's own variables, told apart by shape, named for a reader.
+"""Charts as inline SVG that scales: coloured by the page's variables, distinguished by shape, named for screen readers.
 
 Every function returns one chart with its legend. ``title`` names it to a screen reader, ``describe`` says in words
 what it shows; neither is drawn. Colours are classes of ``style.css``: ``c1`` to ``c8``, or ``v-`` and a verdict.
@@ -16,19 +16,19 @@ from markupsafe import Markup
 from stablegen.pages.render import number, one_line, raised
 
 WIDTH = 380
-"""Usual width of a chart in its own units, of which its text is 12.5 high: legible on a telephone too."""
+"""Usual width of a chart in its own units; its text is 12.5 units high, legible on a phone too."""
 _LETTER = 6.6
 """Mean width of a letter in those units."""
 _DASHES = ("", "7 4", "2 4", "9 3 2 3", "1 3", "12 4", "5 2 1 2 1 2", "3 3")
 _PLOT_RIGHT = 14.0
 _MARKED = 24
-"""Points of a line up to which each has its marker."""
+"""The most points of a line that are drawn with markers."""
 Form = Callable[[float], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line: its points (x, y), and where they were measured their ranges (low, high), one for each."""
+    """A line: its points (x, y) and, where they were measured, a range (low, high) for each."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What was observed where something was predicted, its bounds, and what it rests on."""
+    """A predicted probability, the observed share with its bounds, and what they rest on."""
 
     predicted: float
     observed: float
@@ -59,9 +59,9 @@ def bars(
     width: int = WIDTH,
     describe: str = "",
 ) -> Markup:
-    """Return horizontal bars, a group or one stack of segments for each category; every value is written out.
+    """Return horizontal bars, a group or one stack of segments for each category, with their values.
 
-    ``colours``: a class for each series; ``each``: one for each category instead, where there is a single series.
+    ``colours``: a class for each series; ``each``: one for each category, if there is a single series.
     """
     names = list(series)
     chosen = [_colour(colours, index) for index in range(len(names))]
@@ -119,9 +119,10 @@ def histogram(
     width: int = WIDTH,
     describe: str = "",
 ) -> Markup:
-    """Return a histogram over a logarithmic axis; ``counts`` has one more than the gaps of ``edges`` with ``below``.
+    """Return a histogram over a logarithmic axis; ``counts`` has one for each gap of ``edges``.
 
-    ``below`` names a first bin of what lies under the first edge, zero included. ``mark``: a value and what it is.
+    ``below`` names one more bin, the first, of values below the first edge, zero included. ``mark``: a value and its
+    name.
     """
     bins = list(pairwise(edges))
     lead = 1 if below else 0
@@ -188,10 +189,10 @@ def lines(
     width: int = WIDTH,
     describe: str = "",
 ) -> Markup:
-    """Return lines over linear or logarithmic axes, their points with their values as tips; a logarithm needs > 0.
+    """Return lines over linear or logarithmic axes; points have their values as tool tips.
 
-    Many points go unmarked. ``x_span``, ``y_span``: the axes' ends where they are not to follow the data.
-    ``x_ticks``, ``y_ticks``: those wanted.
+    A logarithmic axis leaves out values up to 0. Lines of many points have no markers. ``x_span``, ``y_span``: the ends
+    of the axes, taken from the data if None. ``x_ticks``, ``y_ticks``: the ticks, chosen to fit if empty.
     """
     drawn = [_positive(one, x_log, y_log) for one in series]
     xs = [x for one in drawn for x, _ in one.points]
@@ -235,7 +236,7 @@ def lines(
 def reliability(
     title: str, points: Sequence[Point], *, height: int = 330, width: int = WIDTH, describe: str = ""
 ) -> Markup:
-    """Return observed shares over predicted probabilities, with error bars, and the diagonal of a perfect guard."""
+    """Return observed shares over predicted probabilities, with error bars and the diagonal of a perfect guard."""
     bottom, start, left = height - 42.0, 24.0, 44.0
     form = _whole_percent
 
@@ -265,7 +266,7 @@ def reliability(
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """From where to where an axis goes, whether by logarithms, and what is written on it."""
+    """The ends of an axis, whether it is logarithmic, and its ticks."""
 
     low: float
     high: float
@@ -302,7 +303,7 @@ class _Axis:
 
 
 def _positive(one: Series, x_log: bool, y_log: bool) -> Series:
-    """Return a series with the points that its axes can show."""
+    """Return a series without the points that its axes cannot show."""
     kept = [
         place
         for place, (x, y) in enumerate(one.points)
@@ -316,7 +317,7 @@ def _positive(one: Series, x_log: bool, y_log: bool) -> Series:
 
 
 def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Return round numbers that cover low to high, about ``count`` of them."""
+    """Return about ``count`` round numbers that cover low to high."""
     rough = (high - low) / count or 1.0
     power = 10.0 ** floor(log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -326,14 +327,14 @@ def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[
 
 
 def _decades(low: float, high: float, most: int) -> list[float]:
-    """Return powers of ten within low and high, at most so many."""
+    """Return at most ``most`` powers of ten between low and high."""
     first, last = ceil(log10(low) - 1e-9), floor(log10(high) + 1e-9)
     step = max(1, ceil((last - first + 1) / most))
     return [10.0**power for power in range(first, last + 1) if power % step == 0]
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return round numbers within low and high for a logarithmic axis."""
+    """Return round numbers between low and high for a logarithmic axis."""
     decades = _decades(low, high, most)
     if len(decades) >= 3:
         return decades
@@ -382,7 +383,7 @@ def _rule(kind: str, x: float, y: float, to_x: float, to_y: float) -> Markup:
 
 
 def _rows(ticks: Sequence[float], up: Callable[[float], float], left: float, width: float, form: Form) -> list[Markup]:
-    """Return the horizontal lines of a grid and what stands beside them."""
+    """Return the horizontal lines of a grid and their labels."""
     found = []
     for tick in ticks:
         found.append(_rule("grid-line", left, up(tick), width - _PLOT_RIGHT, up(tick)))
@@ -400,7 +401,7 @@ def _box(
 
 
 def _mark(index: int, x: float, y: float, words: str = "") -> Markup:
-    """Return a marker whose shape tells series apart where colour does not."""
+    """Return a marker whose shape distinguishes series without colour."""
     tip = _tip(words) if words else ""
     kind = index % 4
     if kind == 0:
@@ -415,7 +416,7 @@ def _mark(index: int, x: float, y: float, words: str = "") -> Markup:
 
 
 def _legend(keys: Sequence[tuple[str, str, str]]) -> Markup:
-    """Return what tells which series is which: name, colour, and whether a box or the line of an index."""
+    """Return the legend of series: name, colour, and either a box or the line with an index."""
     if not keys:
         return Markup("")
     items = []

@@ -1,39 +1,35 @@
-"""The page of the lab's report: the experiments that were run, as tables and charts, and a sentence on each."""
+"""The page of the lab's report: the experiments that were run, as tables and charts, with a sentence on each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from markupsafe import Markup
 
-from stablegen.lab import associativity, flips, layers, matmul
-from stablegen.lab.report import LabReport
-from stablegen.lab.tables import grouped
+from stablegen.lab.reports import associativity, flips, layers, matmul
+from stablegen.lab.reports.lab import LabReport
+from stablegen.lab.reports.wording import Cell, grouped
 from stablegen.pages import charts
 from stablegen.pages.charts import Series
 from stablegen.pages.render import number, write_page
 
-SAME = "same"
-"""Class of a cell whose bits are the same; one that moved is of class ``moved``."""
-MOVED = "moved"
-
-Cell = dict[str, str]
+ShownCell = dict[str, str]
+"""A cell as the template shows it: its text, and its class: ``same`` where bits are equal, ``moved`` where not."""
 
 
 def write(report: LabReport, file: Path) -> None:
     """Write a report as a page; raise ``ParameterError`` where the file cannot be written."""
-    parts = [part for part in (report.associativity, report.matmul, report.layers, report.flips) if part is not None]
-    machine = parts[0].machine
+    machine = report.parts[0].machine
     write_page(
         "lab.html.j2",
         file,
         title=f"Batch variance on {machine.device_model}",
         measured=f"{datetime.fromtimestamp(report.created, UTC):%Y-%m-%d %H:%M} UTC",
         on=machine.summary(),
-        seconds=sum(part.seconds for part in parts),
+        seconds=sum(part.seconds for part in report.parts),
         tiles=_tiles(report),
         associativity=None if report.associativity is None else _associativity(report.associativity),
         matmul=None if report.matmul is None else _matmul(report.matmul),
@@ -43,12 +39,10 @@ def write(report: LabReport, file: Path) -> None:
     )
 
 
-def _cell(text: str, kind: str = "") -> Cell:
-    return {"text": text, "kind": kind}
-
-
-def _zero(value: float | None, *, equal: bool) -> Cell:
-    return _cell("0", SAME) if equal else _cell(number(value), MOVED)
+def _row(*texts: str, cells: Iterable[Cell] = ()) -> list[ShownCell]:
+    """Return a row of plain texts and then of cells."""
+    kinds = {None: "", True: "moved", False: "same"}
+    return [{"text": cell.text, "kind": kinds[cell.moved]} for cell in (*map(Cell, texts), *cells)]
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -62,10 +56,10 @@ def _tiles(report: LabReport) -> list[dict[str, str]]:
         note = f"from {len(sums.sums)} orders of one float32 sum of {number(sums.count)} numbers"
         found.append(("Results", str(sums.results), note))
     if report.matmul is not None:
-        moved = [one for one in report.matmul.companies if one.kernels == "vendor" and one.equal is False]
+        moved = [one for one in report.matmul.comparisons if one.kernels == "vendor" and one.equal is False]
         worst = max((one.max_abs or 0.0 for one in moved if one.precision == "float32"), default=0.0)
         shape = f"{report.matmul.m} x {report.matmul.n} x {report.matmul.k}"
-        found.append(("One product, in company", number(worst, 2), f"float32, largest difference at {shape}"))
+        found.append(("One product, larger calls", number(worst, 2), f"float32, largest difference at {shape}"))
     if report.layers is not None:
         worst_runs = [run for run in report.layers.runs if run.kernels == "vendor" and run.worst is not None]
         worst_run = max(worst_runs, key=lambda run: run.worst.max_abs if run.worst else 0.0, default=None)
@@ -76,7 +70,7 @@ def _tiles(report: LabReport) -> list[dict[str, str]]:
             found.append(("Worst layer", "0", "no layer moved here"))
     if report.flips is not None:
         for one in report.flips.dtypes:
-            flipped = sum(any(trial.flips for trial in p.trials if trial.cause != "missing mask") for p in one.prompts)
+            flipped = sum(any(trial.flips for trial in p.trials if trial.cause != flips.MISTAKE) for p in one.prompts)
             note = f"of {len(one.prompts)} in {one.dtype}, by batch size or padding"
             found.append(("Answers that flip", str(flipped), note))
         flipped = sum(total.flipped for one in report.flips.dtypes for total in one.policies)
@@ -96,9 +90,9 @@ def _tiles(report: LabReport) -> list[dict[str, str]]:
 def _associativity(report: associativity.AssociativityReport) -> dict[str, Any]:
     triples = []
     for one in report.triples:
-        numbers = [f"{value:g}" for value in (one.a, one.b, one.c)]
-        results = [_cell(f"{value:g}", MOVED if one.differs else SAME) for value in (one.from_left, one.from_right)]
-        triples.append([_cell(f"{one.device} {one.dtype}"), *map(_cell, numbers), *results, _cell(one.note)])
+        numbers = (f"{value:g}" for value in (one.a, one.b, one.c))
+        results = [Cell(f"{value:g}", moved=one.differs) for value in (one.from_left, one.from_right)]
+        triples.append(_row(f"{one.device} {one.dtype}", *numbers, cells=[*results, Cell(one.note)]))
     names = [f"{sums.device} {sums.dtype}" for sums in report.sums]
     chart = charts.bars(
         "Different results of one sum, by dtype",
@@ -111,10 +105,10 @@ def _associativity(report: associativity.AssociativityReport) -> dict[str, Any]:
         {"spread": [sums.spread for sums in report.sums]},
     )
     orders = [
-        [_cell(order.order), *(_cell(f"{sums.sums[place].value:.9g}") for sums in report.sums)]
+        _row(order.order, *(f"{sums.sums[place].value:.9g}" for sums in report.sums))
         for place, order in enumerate(report.sums[0].sums)
     ]
-    orders.append([_cell("exact"), *(_cell(f"{sums.exact:.9g}") for sums in report.sums)])
+    orders.append(_row("exact", *(f"{sums.exact:.9g}" for sums in report.sums)))
     return {
         "meaning": associativity.MEANING,
         "triples": triples,
@@ -129,30 +123,36 @@ def _associativity(report: associativity.AssociativityReport) -> dict[str, Any]:
 
 def _matmul(report: matmul.MatmulReport) -> dict[str, Any]:
     ways = []
-    for way in matmul.WAYS:
-        lanes, rows = matmul.table_of(report, way)
-        head = ["rows" if way == "row" else "matrices", *(f"{kernels} {name}" for kernels, name in lanes)]
-        body = [[_cell(counts), *map(_company, companies)] for counts, companies in rows]
-        ways.append({"title": matmul.TITLES[way], "head": head, "rows": body})
+    for way in get_args(matmul.Way):
+        table = matmul.table_of(report, way, number)
+        ways.append(
+            {
+                "title": matmul.TITLES[way],
+                "head": ["rows" if way == "row" else "matrices", *table.head],
+                "rows": [_row(counts, cells=cells) for counts, cells in table.rows],
+            }
+        )
     kernels = [
-        [
-            _cell(f"{line.kernels} {line.precision}"),
-            _cell(matmul.TITLES[line.way]),
-            _cell(line.counts),
-            _cell(" + ".join(line.alone)),
-            _cell(" + ".join(line.together), "" if line.alone == line.together else MOVED),
-        ]
+        _row(
+            f"{line.kernels} {line.precision}",
+            matmul.TITLES[line.way],
+            line.counts,
+            " + ".join(line.alone),
+            cells=[Cell(" + ".join(line.together), None if line.alone == line.together else True)],
+        )
         for line in matmul.kernel_lines(report)
     ]
     searched = [
-        [
-            _cell(one.precision),
-            _cell(f"{one.m} x {one.n} x {one.k}"),
-            _cell(matmul.TITLES[one.way]),
-            _cell("none" if one.first is None else str(one.first), SAME if one.first is None else MOVED),
-            _cell(f"{one.moved} of {len(one.counts)}"),
-            _cell(number(one.max_abs)),
-        ]
+        _row(
+            one.precision,
+            f"{one.m} x {one.n} x {one.k}",
+            matmul.TITLES[one.way],
+            cells=[
+                Cell("none" if one.first is None else str(one.first), moved=one.first is not None),
+                Cell(f"{one.moved} of {len(one.counts)}"),
+                Cell(number(one.max_abs)),
+            ],
+        )
         for one in sorted(report.searched, key=lambda one: (matmul.PRECISIONS.index(one.precision), one.first is None))
     ]
     return {
@@ -163,14 +163,6 @@ def _matmul(report: matmul.MatmulReport) -> dict[str, Any]:
         "searched": searched,
         "unavailable": report.unavailable,
     }
-
-
-def _company(one: matmul.Company | None) -> Cell:
-    if one is None:
-        return _cell("")
-    if one.problem is not None:
-        return _cell(one.problem)
-    return _zero(one.max_abs, equal=bool(one.equal))
 
 
 def _layers(report: layers.LayersReport) -> dict[str, Any]:
@@ -196,49 +188,31 @@ def _layers(report: layers.LayersReport) -> dict[str, Any]:
             worst = max((run.worst for run in moved if run.worst), key=lambda one: one.max_abs)
             only = f"; {series[0].name}" if len(series) == 1 else ""  # one line has no legend
             figures.append({"heading": f"{dtype}, {stage}", "note": f"worst: {worst.layer}{only}", "chart": chart})
-    rows = []
-    for titles, counts, cells in grouped(
-        ((f"{run.kernels} {run.dtype}", run.stage), run.batch, _layer_cells(run)) for run in report.ordered
-    ):
-        rows.append([*map(_cell, titles), _cell(counts), *(_cell(*cell) for cell in cells)])
+    found = grouped(((f"{run.kernels} {run.dtype}", run.stage), run.batch, run.cells(number)) for run in report.ordered)
     return {
         "meaning": report.meaning,
         "model": report.model,
         "length": report.length,
         "figures": figures,
-        "rows": rows,
+        "head": layers.HEAD,
+        "rows": [_row(*titles, counts, cells=cells) for titles, counts, cells in found],
         "unavailable": report.unavailable,
     }
-
-
-def _layer_cells(run: layers.LayersInCompany) -> tuple[tuple[str, str], ...]:
-    worst, scores = run.worst, run.layers[-1]
-    return (
-        (run.first or "none", ""),
-        ("none" if worst is None else worst.layer, ""),
-        ("0", SAME) if worst is None else (number(worst.max_abs), MOVED),
-        ("" if worst is None else number(worst.l2), ""),
-        ("0", SAME) if scores.equal else (number(scores.max_abs), MOVED),
-    )
 
 
 def _flips(report: flips.FlipsReport) -> dict[str, Any]:
     found = []
     for one in report.dtypes:
-        rows = []
-        for title, counts, cells in grouped((total.cause, total.setting, _total_cells(total)) for total in one.totals):
-            rows.append([_cell(title), _cell(counts), *(_cell(*cell) for cell in cells)])
-        policies = []
-        for policy, counts, told in grouped((t.policy, t.batch, _policy_cells(t)) for t in one.policies):
-            policies.append([_cell(policy), _cell(counts), *(_cell(*cell) for cell in told)])
+        totals = grouped((total.cause, total.setting, total.cells(number)) for total in one.totals)
+        policies = grouped((total.policy, total.batch, total.cells()) for total in one.policies)
         found.append(
             {
                 "dtype": one.dtype,
                 "prompts": len(one.prompts),
                 "by_batch": _by_batch(one),
                 "by_padding": _by_padding(one),
-                "rows": rows,
-                "policies": policies,
+                "rows": [_row(cause, settings, cells=cells) for cause, settings, cells in totals],
+                "policies": [_row(policy, sizes, cells=cells) for policy, sizes, cells in policies],
                 "notes": one.notes,
                 "steps": _steps(one),
                 "flips": [_shown(prompt, flip) for prompt in one.prompts for flip in prompt.shown],
@@ -247,6 +221,9 @@ def _flips(report: flips.FlipsReport) -> dict[str, Any]:
     return {
         "meaning": report.meaning,
         "causes": flips.CAUSES,
+        "head": flips.TOTAL_HEAD,
+        "policy_head": flips.POLICY_HEAD,
+        "control": report.control,
         "model": report.model,
         "baseline": report.baseline,
         "tokens": report.tokens,
@@ -257,25 +234,26 @@ def _flips(report: flips.FlipsReport) -> dict[str, Any]:
 
 
 def _steps(found: flips.DtypeFlips) -> list[dict[str, str]]:
-    """Return, of prompts that flip by rounding, in what company and at which steps."""
+    """Return in which batches and at which steps prompts flip by rounding."""
     return [
         {
             "prompt": prompt.prompt,
-            "company": f"{trial.cause} {trial.setting}",
+            "batch": trial.batch,
             "steps": ", ".join(map(str, trial.flips)),
             "of": str(prompt.steps),
         }
         for prompt in found.prompts
         for trial in prompt.trials
-        if trial.flips and trial.cause != "missing mask"
+        if trial.flips and trial.cause != flips.MISTAKE
     ]
 
 
 def _by_batch(found: flips.DtypeFlips) -> Markup | None:
-    """Return a chart of the prompts that flip over the rows of the batch; None where they were not changed."""
+    """Return a chart of the prompts that flip by the rows of the batch; None where only one size was measured."""
+    causes: tuple[flips.Cause, ...] = ("batch size", "mixed lengths")
     series = [
         Series(cause, points)
-        for cause in ("batch size", "as they come")
+        for cause in causes
         if (points := [(total.setting, total.flipped) for total in found.totals if total.cause == cause])
     ]
     if not series:
@@ -294,10 +272,10 @@ def _by_batch(found: flips.DtypeFlips) -> Markup | None:
 
 
 def _by_padding(found: flips.DtypeFlips) -> Markup | None:
-    """Return a chart of the prompts that flip by tokens of padding, with its mask and without; None for no padding."""
+    """Return a chart of the prompts that flip by tokens of padding, with a mask and without; None without padding."""
     totals = {(total.cause, total.setting): total.flipped for total in found.totals}
     pads = sorted({setting for cause, setting in totals if cause == "padding"})
-    causes: tuple[flips.Cause, ...] = ("padding", "missing mask")
+    causes: tuple[flips.Cause, ...] = ("padding", flips.MISTAKE)
     if not pads:
         return None
     return charts.bars(
@@ -308,27 +286,10 @@ def _by_padding(found: flips.DtypeFlips) -> Markup | None:
     )
 
 
-def _total_cells(total: flips.Total) -> tuple[tuple[str, str], ...]:
-    return (
-        (f"{total.flipped} of {total.prompts}", MOVED if total.flipped else SAME),
-        (f"{number(total.flipped_steps)} of {number(total.steps)}", ""),
-        (f"{number(total.moved_steps)} of {number(total.steps)}", MOVED if total.moved_steps else SAME),
-        (number(total.largest), ""),
-    )
-
-
-def _policy_cells(total: flips.PolicyTotal) -> tuple[tuple[str, str], ...]:
-    return (
-        (f"{total.flipped} of {total.prompts}", MOVED if total.flipped else SAME),
-        (f"{number(total.moved_steps)} of {number(total.steps)}", MOVED if total.moved_steps else SAME),
-    )
-
-
 def _shown(prompt: flips.PromptFlips, flip: flips.Flip) -> dict[str, Any]:
     return {
         "prompt": prompt.prompt,
-        "cause": flip.cause,
-        "setting": flip.setting,
+        "batch": flip.batch,
         "step": flip.step,
         "margin": flip.margin,
         "answer": prompt.answer,

@@ -1,4 +1,4 @@
-"""Pages from templates: one file with its style, script and data in it, where text is only ever shown as text."""
+"""Pages from templates: one file that holds its style, script and data, and shows text only as text."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _INVISIBLE = {
     ord("\r"): "␍",
     ord("\t"): "⇥",
 }
-"""Control characters and those that turn the direction of what follows, as they are shown on one line."""
+"""How control characters and those that change the text direction are shown on one line."""
 _LINES = {**_INVISIBLE, ord("\n"): "\n", ord("\t"): "\t"}
 _UNSAFE = {code: f"\\u{code:04x}" for code in (*map(ord, "<>&\u2028\u2029"), *_INVISIBLE)}
-"""What could end a script element or a line in it, or turn its text around, as JSON escapes."""
+"""JSON escapes of characters that could end a script element or a line in it, or change the text direction."""
 
 
 def check_page(file: Path) -> None:
-    """Raise ``ParameterError`` where no page could be written: long work must not end in one."""
+    """Raise ``ParameterError`` where no page could be written, before long work ends in it."""
     if file.suffix.lower() not in SUFFIXES:
         raise ParameterError(f"html={str(file)!r}", accepted=f"a file that ends in {' or '.join(SUFFIXES)}")
     if not file.absolute().parent.is_dir():
@@ -46,14 +46,14 @@ def check_page(file: Path) -> None:
 
 
 def write_page(template: str, file: Path, *, machine: str | None = None, **content: Any) -> None:
-    """Write the page of a template to ``file``, all of it or nothing; ``machine`` goes into its footer.
+    """Write the page of a template to ``file``, completely or not at all; its footer names the ``machine``.
 
-    ``check_page`` says beforehand whether it can be.
+    ``check_page`` tells beforehand whether it can be written.
     """
     page = render_page(template, machine=machine, **content)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        # what a lone surrogate stands for cannot be encoded
+        # a lone surrogate cannot be encoded
         draft.write_text(page, encoding="utf-8", errors="replace")
         draft.replace(file)
     except OSError as error:
@@ -68,7 +68,7 @@ def render_page(template: str, *, machine: str | None = None, **content: Any) ->
 
 
 def embedded(name: str, value: Any) -> Markup:
-    """Return a script element that holds a value as JSON, for the page's own script to read by its id."""
+    """Return a script element that holds a value as JSON, which the page's own script reads by its id."""
     text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":")).translate(_UNSAFE)
     return Markup('<script type="application/json" id="{}">{}</script>').format(name, Markup(text))
 
@@ -79,17 +79,17 @@ def one_line(text: str) -> str:
 
 
 def many_lines(text: str) -> str:
-    """Return text with its line breaks, and what else is not to be seen made visible."""
+    """Return text with its line breaks, and with other invisible characters made visible."""
     return text.translate(_LINES)
 
 
 def arrows(text: str) -> str:
-    """Return a reason with its arrows as such."""
+    """Return a reason with real arrows."""
     return text.replace("->", "\N{RIGHTWARDS ARROW}")
 
 
 def plain(value: Any) -> str:
-    """Return a setting as a person writes it; a dash for none."""
+    """Return a setting as people write it; a dash for None."""
     if isinstance(value, list | tuple):
         return one_line(", ".join(map(plain, value))) or "none"
     return "\N{EN DASH}" if value is None else one_line(str(value))
@@ -106,7 +106,7 @@ def _script(name: str) -> Markup:
 
 
 def _security(scripts: Sequence[str]) -> str:
-    """Return a policy that lets nothing be loaded, and of scripts run those alone."""
+    """Return a security policy that loads nothing and runs only these scripts."""
     hashes = [base64.b64encode(hashlib.sha256(part(name).encode()).digest()).decode() for name in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
     rest = "base-uri 'none'; form-action 'none'"
@@ -114,7 +114,7 @@ def _security(scripts: Sequence[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value as JSON knows it: it knows no infinity."""
+    """Return a value without infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def _finite(value: Any) -> Any:
 
 
 def _made(machine: str | None) -> dict[str, str]:
-    """Return what a footer says: when, by what, on what."""
+    """Return what a footer says: when the page was made, by which versions, on which machine."""
     import stablegen
 
     packages = ("torch", "transformers", "triton")
@@ -140,7 +140,7 @@ def _made(machine: str | None) -> dict[str, str]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number to so many significant digits, whole ones in full, as a person writes it; a dash for none."""
+    """Return a number to ``digits`` significant digits, whole numbers in full; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
     if isfinite(value) and value == int(value) and abs(value) < 1e15:
@@ -156,7 +156,7 @@ def raised(exponent: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a share in percent, with one decimal; a dash for none."""
+    """Return a share in percent, with one decimal; a dash for None."""
     return "\N{EN DASH}" if value is None else f"{value:.1%}".replace("%", "\N{NARROW NO-BREAK SPACE}%")
 
 

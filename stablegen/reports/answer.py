@@ -1,4 +1,4 @@
-"""One cached answer looked at closely: its steps, its verdict, and where another run's answer parts from it."""
+"""One cached answer looked at closely: its steps, its verdict, and where another run's answer diverges from it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
-from stablegen.core.answer import Verdict, Verification
-from stablegen.core.flagged import FlaggedHit
+from stablegen.core.answer import Verification
 from stablegen.core.frozen import Frozen
 from stablegen.core.numerics import Numerics
 from stablegen.core.record import Record
 from stablegen.core.trace import first_difference
+from stablegen.core.verdict import FlaggedHit, Verdict
 from stablegen.guard.verdicts import flip_probabilities
 
 if TYPE_CHECKING:
     from stablegen.client import Client
 
-Source = Literal["superseded", "verified", "flagged"]
-"""How it is known that another run parts: it took the answer's place, was made just now, or was once noted."""
+Evidence = Literal["superseded", "verified", "flagged"]
+"""How it is known that another run diverges: it took the answer's place, was made just now, or was once noted."""
 
 
 class Step(Frozen):
@@ -41,14 +41,14 @@ class Step(Frozen):
     best_text: str | None = None
 
 
-class Parting(Frozen):
-    """Where two answers to one request part: token ids from ``step`` on, of the ``older`` and the ``newer`` one.
+class Divergence(Frozen):
+    """Where two answers to one request diverge: token ids from ``step`` on, of the ``older`` and the ``newer`` one.
 
     ``shared``: those before. ``whole``: whether both are known to their ends, or the first token alone. Texts are None
     where another tokenizer made them.
     """
 
-    source: Source
+    source: Evidence
     step: int
     shared: tuple[int, ...]
     older: tuple[int, ...]
@@ -85,7 +85,7 @@ class Inspection(Frozen):
     traced: bool
     superseded: str | None
     superseded_numerics: str | None
-    partings: list[Parting]
+    divergences: list[Divergence]
     verification: Verdict | None
     flagged: list[FlaggedHit]
 
@@ -99,7 +99,7 @@ class Inspection(Frozen):
 def inspect(client: Client, record: Record, found: Verification | None = None) -> Inspection:
     """Return what a client can tell of a record; ``found``: what came of verifying it just now."""
     mine = record.request.tokenizer == client.tokenizer.digest
-    flagged = [hit for hit in client.store.flagged() if hit.key == record.key]
+    flagged = [hit for hit in client.cache.flagged() if hit.key == record.key]
     request, old = record.request, record.superseded
     return Inspection(
         key=record.key,
@@ -123,29 +123,29 @@ def inspect(client: Client, record: Record, found: Verification | None = None) -
         traced=record.trace is not None,
         superseded=None if old is None else old.text,
         superseded_numerics=None if old is None else old.numerics.summary(),
-        partings=partings(record, flagged, found, client.tokenizer.decode if mine else None),
+        divergences=divergences(record, flagged, found, client.tokenizer.decode if mine else None),
         verification=None if found is None else found.verdict,
         flagged=flagged,
     )
 
 
-def partings(
+def divergences(
     record: Record,
     flagged: Sequence[FlaggedHit],
     found: Verification | None,
     decode: Callable[[Sequence[int]], str] | None,
-) -> list[Parting]:
-    """Return where the record's answer parts from others to the same request, as far as is known.
+) -> list[Divergence]:
+    """Return where the record's answer diverges from others to the same request, as far as is known.
 
     From the fresh answer of ``found``, from the one it superseded, and from those that its ``flagged`` hits of verdict
     ``diverged`` noted, of which the first token alone is known; of several under the same numerics, from one.
     """
-    pairs: list[tuple[Source, Record, Record]] = []
+    pairs: list[tuple[Evidence, Record, Record]] = []
     if found is not None and found.fresh is not None:
         pairs.append(("verified", record, found.fresh))
     if record.superseded is not None:
         pairs.append(("superseded", record.superseded, record))
-    parted = []
+    found_at = []
     for source, older, newer in pairs:
         step = first_difference(older.token_ids, newer.token_ids)
         if step is not None:
@@ -153,7 +153,7 @@ def partings(
             end = step + 1 if record.request.continuation else None
             ids = older.token_ids[:step], older.token_ids[step:end], newer.token_ids[step:end]
             names = older.numerics.summary(), newer.numerics.summary()
-            parted.append(_parting(source, step, ids, names, decode, whole=end is None))
+            found_at.append(_divergence(source, step, ids, names, decode, whole=end is None))
     told = {found.fresh.numerics.digest} if found is not None and found.fresh is not None else set()
     for hit in reversed(flagged):
         step, token, other = hit.verdict.step, hit.verdict.token, hit.verdict.runner_up
@@ -162,21 +162,21 @@ def partings(
             continue
         told.add(hit.current_digest)
         ids = record.token_ids[:step], _known(token), _known(other)
-        parted.append(_parting("flagged", step, ids, (hit.recorded, hit.current), decode, whole=False))
-    return parted
+        found_at.append(_divergence("flagged", step, ids, (hit.recorded, hit.current), decode, whole=False))
+    return found_at
 
 
-def _parting(
-    source: Source,
+def _divergence(
+    source: Evidence,
     step: int,
     ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     names: tuple[str, str],
     decode: Callable[[Sequence[int]], str] | None,
     *,
     whole: bool,
-) -> Parting:
+) -> Divergence:
     texts = [None if decode is None else decode(part) for part in ids]
-    return Parting(
+    return Divergence(
         source=source,
         step=step,
         shared=ids[0],
@@ -209,7 +209,8 @@ def _steps(client: Client, record: Record, text: Callable[[int], str] | None) ->
         return [Step(token=token, text=shown(token)) for token in continuation or record.token_ids]
     current = client.numerics_for(record.request)
     risks = flip_probabilities(trace, record.numerics, current, client.calibration(record))
-    columns = (trace.tokens, trace.runner_ups, trace.scores, trace.margins, risks)
+    chances: Sequence[float | None] = [None] * len(trace) if risks is None else risks
+    columns = (trace.tokens, trace.runner_ups, trace.scores, trace.margins, chances)
     found = []
     for place, (best, second, score, margin, risk) in enumerate(zip(*columns, strict=True)):
         token = continuation[place] if continuation else best

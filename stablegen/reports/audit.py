@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stablegen.core.answer import Verdict, Verification
+from stablegen.core.answer import Verification
 from stablegen.core.audit import OUTCOMES, AuditedHit, AuditReport, Bin, Outcome, Share, Threshold
 from stablegen.core.record import Record
+from stablegen.core.verdict import Verdict
 
 if TYPE_CHECKING:
-    from stablegen.client import Client, Progress
+    from stablegen.client import Client
+    from stablegen.session.call import Progress
 
 BINS = 10
 CURVE_POINTS = 100
@@ -36,7 +38,7 @@ def audit(
     chosen: list[Record] = []
     skipped: dict[str, int] = {}
     count = 0
-    for record in client.store.records():
+    for record in client.cache.records():
         count += 1
         if client.answers_for(record):
             chosen.append(record)
@@ -49,7 +51,7 @@ def audit(
     found = client.verify(chosen, from_scratch=True, progress=progress)
     hits = [_audited(*pair) for pair in zip(found, verdicts, strict=True)]
     return AuditReport(
-        model=client.model_name,
+        model=client.identity.name,
         numerics=client.numerics,
         app=client.app,
         accepted_risk=client.accepted_risk,
@@ -66,8 +68,7 @@ def keep(report: AuditReport, client: Client) -> None:
 
     Raises ``CacheWriteError``.
     """
-    model = client.source.identity
-    client.store.put_audit(":".join((*model.identity.values(), report.numerics.digest)), report)
+    client.cache.put_audit(client.source.identity, report)
 
 
 def _audited(found: Verification, verdict: Verdict) -> AuditedHit:

@@ -15,23 +15,17 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from stablegen.client import Client, Progress, calibration_name, check_name
-from stablegen.core.answer import Basis, Status, Verdict
+from stablegen.client import Client
 from stablegen.core.audit import AuditReport
-from stablegen.core.calibration import Calibration
-from stablegen.core.flagged import FlaggedHit
 from stablegen.core.frozen import Frozen
 from stablegen.core.numerics import Numerics
-from stablegen.core.policy import Invariant, load_policy
+from stablegen.core.policy import typical_policies
 from stablegen.core.record import Record
-from stablegen.engine.invariant.architectures import check_invariant
+from stablegen.core.verdict import Basis, FlaggedHit, Status, Verdict
 from stablegen.errors import PolicyError
-from stablegen.guard.verdicts import judge
-from stablegen.machine.plan import allows_static_cache, find_device, numerics_on, processed
-from stablegen.store.base import Store
+from stablegen.machine.plan import processed
+from stablegen.session.call import Progress
 
-POLICIES = ("single", "padded:8", "invariant", "native")
-"""Those whose effect on the cache is foretold, beside the client's own."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 EDGES = tuple(10.0 ** (third / 3) for third in range(-18, 7))
 """Bounds of the bins of margins: three a decade, from a millionth to a hundred."""
@@ -152,27 +146,6 @@ class CacheReport(Frozen):
 
 
 @dataclass(slots=True)
-class _Guard:
-    """Judges records under any numerics by what a store knows; each check and calibration is read once."""
-
-    store: Store
-    accepted_risk: float
-    calibrations: dict[str, Calibration | None] = field(default_factory=dict)
-
-    def judge(self, record: Record, numerics: Numerics) -> Verdict:
-        current = processed(numerics) if record.request.params.processed else numerics
-        check = None
-        if record.numerics.digest == current.digest:
-            check = self.store.get_check(check_name(record.request.model, current, record.composition.shape))
-        name = calibration_name(record.request.model, record.numerics, current)
-        if name not in self.calibrations:
-            self.calibrations[name] = self.store.get_calibration(name)
-        return judge(
-            record, current, check=check, accepted_risk=self.accepted_risk, calibration=self.calibrations[name]
-        )
-
-
-@dataclass(slots=True)
 class _Tally:
     """What a policy would do, counted as the records go by."""
 
@@ -213,19 +186,19 @@ def survey(client: Client, *, progress: Progress | None = None, clock: Callable[
 
     An entry that cannot be read is reported (``CacheEntryWarning``) and counted.
     """
-    store = client.store
+    cache = client.cache
     flagged: dict[str, list[FlaggedHit]] = {}
-    for hit in store.flagged():
+    for hit in cache.flagged():
         flagged.setdefault(hit.key, []).append(hit)
-    guard = _Guard(store, client.accepted_risk)
+    judge = client.session.parts.judge
     tallies = [_Tally(one) for one in _foreseen(client)]
-    keys = store.keys()
+    keys = cache.keys()
     records = corrupt = others = 0
     answers: list[tuple[Answer, str, str]] = []
     smallest: Counter[int] = Counter()
     margins: Counter[int] = Counter()
     for count, key in enumerate(keys, 1):
-        record = store.get(key)
+        record = cache.get(key)
         if record is None:
             corrupt += 1
             continue
@@ -240,7 +213,7 @@ def survey(client: Client, *, progress: Progress | None = None, clock: Callable[
         for tally in tallies if mine else ():
             numerics = tally.what_if.numerics
             if numerics is not None:
-                tally.add(record, verdict if tally.what_if.current else guard.judge(record, numerics))
+                tally.add(record, verdict if tally.what_if.current else judge.judge(record, numerics))
         identity = " ".join(record.request.model.identity.values())
         answer = _answer(client, record, verdict, flagged.get(key, []), mine=mine)
         answers.append((answer, identity, record.numerics.summary()))
@@ -248,13 +221,13 @@ def survey(client: Client, *, progress: Progress | None = None, clock: Callable[
             progress(count, len(keys))
     told = _named(answers)
     return CacheReport(
-        path=str(store.path),
-        model=client.model_name,
+        path=cache.where,
+        model=client.identity.name,
         numerics=client.numerics,
         app=client.app,
         accepted_risk=client.accepted_risk,
         made=clock(),
-        size=store.stats().size,
+        size=cache.stats().size,
         records=records,
         corrupt=corrupt,
         others=others,
@@ -291,29 +264,24 @@ def proven(record: Record, flagged: Iterable[FlaggedHit], current: Numerics) -> 
 
 
 def _foreseen(client: Client) -> list[WhatIf]:
-    """Return the policies to be foretold, with the numerics under which each would run here."""
-    own = str(client.policy)
+    """Return the client's policy and one of each kind, with the numerics under which each would run here."""
+    own = client.policy
     found = []
-    for name in POLICIES if own in POLICIES else (own, *POLICIES):
-        policy = load_policy(name)
-        if name == own:
+    for policy in dict.fromkeys((*typical_policies(), own)):
+        if policy == own:
             numerics = client.numerics
         else:
             try:
-                if isinstance(policy, Invariant):
-                    check_invariant(client.source.config)
+                numerics = client.session.plan(policy)
             except PolicyError as error:
-                found.append(WhatIf(policy=name, problem=error.problem))
+                found.append(WhatIf(policy=policy.spec, problem=error.problem))
                 continue
-            device = find_device(client.numerics.device, client.numerics.dtype)
-            static = allows_static_cache(client.source.config)
-            numerics = numerics_on(device, policy, client.numerics.dtype, static_cache=static)
         kept: Kept = "no promise"
         if policy.promises:
             digests = {numerics.digest, processed(numerics).digest}
-            checks = [check.passed for check in client.store.checks() if check.numerics.digest in digests]
+            checks = [check.passed for check in client.cache.self_checks() if check.numerics.digest in digests]
             kept = "none" if not checks else "passed" if all(checks) else "failed"
-        found.append(WhatIf(policy=name, numerics=numerics, current=name == own, self_check=kept))
+        found.append(WhatIf(policy=policy.spec, numerics=numerics, current=policy == own, self_check=kept))
     return found
 
 
@@ -398,8 +366,10 @@ def _grouped(answers: list[Answer], names: Callable[[Answer], tuple[str, ...]]) 
 
 def _audit(client: Client) -> AuditReport | None:
     """Return the newest audit of the client's model and numerics, or of any; None where none was kept."""
-    kept = client.store.audits()
-    fitting = [one for one in kept if one.numerics.digest == client.numerics.digest and one.model == client.model_name]
+    kept = client.cache.audits()
+    fitting = [
+        one for one in kept if one.numerics.digest == client.numerics.digest and one.model == client.identity.name
+    ]
     return (fitting or kept)[-1] if kept else None
 
 

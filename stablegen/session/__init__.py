@@ -1,1 +1,1 @@
-"""One client's working parts: intake, judge, runner, and the way of one call."""
+"""One client's working parts: intake, judge, runner, and one call's way through them."""

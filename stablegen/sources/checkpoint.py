@@ -8,15 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from stablegen.core.config import context_of, is_count, token_ids
+from stablegen.core.numerics import Numerics
+from stablegen.core.policy import ExecutionPolicy
 from stablegen.core.request import ModelIdentity
+from stablegen.engine.base import Engine
 from stablegen.errors import CheckpointError
 from stablegen.machine.digests import DigestMemory
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on
+from stablegen.sources.base import Source
 from stablegen.sources.files import read_json, weight_files
 from stablegen.sources.hub import download
+from stablegen.tokenizer import Tokenizer
 
 EMBEDDED = "tiny-gpt2"
 
@@ -91,3 +98,117 @@ def _read(directory: Path, commit: str | None, name: str, memory: DigestMemory) 
     generation = directory / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     return Checkpoint(directory, config, identity, token_ids(config.get("eos_token_id") if eos is None else eos))
+
+
+class CheckpointSource(Source):
+    """A checkpoint on disk, of which nothing is loaded until its engine starts.
+
+    ``kv_cache_size``: the bytes that keys and values may take under batch-invariant engines (None: their default).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, digests: DigestMemory | None = None, *, kv_cache_size: int | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self._digests = digests or DigestMemory(None)
+        self.tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, self._digests.digest(checkpoint.tokenizer_file))
+        self._kv_cache_size = kv_cache_size
+        self._plan = lru_cache(maxsize=32)(self._plan_on)
+        self._device = "cpu"
+        self._passthrough: Any = None
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | None,
+        revision: str | None = None,
+        *,
+        digests: DigestMemory | None = None,
+        kv_cache_size: int | None = None,
+    ) -> CheckpointSource:
+        """Return the source that ``model`` names: a directory, a hub repository, or None for the embedded model.
+
+        ``digests`` remembers the digests of files. Raises ``CheckpointError`` or ``HubError``.
+        """
+        digests = digests or DigestMemory(None)
+        return cls(open_checkpoint(model, revision, digests), digests, kv_cache_size=kv_cache_size)
+
+    @property
+    def directory(self) -> Path:
+        """Return where its files are."""
+        return self.checkpoint.directory
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Return which weights its files held when it was opened."""
+        return self.checkpoint.identity
+
+    @property
+    def context(self) -> int:
+        """Return the longest sequence in tokens."""
+        return self.checkpoint.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of token ids."""
+        return self.checkpoint.vocabulary
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Return the ids that end an answer unless the caller names others."""
+        return self.checkpoint.eos_token_ids
+
+    def plan(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
+        """Return the numerics of a policy and dtype on a device, planned once; torch is not imported for it."""
+        return self._plan(policy, dtype, device)
+
+    def _plan_on(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
+        self.check(policy)
+        found = find_device(device, dtype)
+        self._device = found.name
+        return numerics_on(found, policy, dtype, static_cache=allows_static_cache(self.config))
+
+    def start(self, numerics: Numerics) -> Engine:
+        """Load the weights on the device last planned for; raise ``CheckpointError`` where its files have changed."""
+        from stablegen.engine.loading import make_engine_from_files
+
+        engine = make_engine_from_files(
+            self.directory,
+            weight_files(self.directory),
+            self.config,
+            numerics,
+            self._device,
+            context=self.context,
+            kv_cache_size=self._kv_cache_size,
+            tokenizer=self.tokenizer,
+        )
+        if self.identity.source == "digest":
+            now = open_checkpoint(self.directory, None, self._digests).identity
+            if now.identity != self.identity.identity:
+                engine.close()
+                raise CheckpointError(
+                    f"the model in {self.directory} was changed since this client was made", hint="Make a new client"
+                )
+        return engine
+
+    def resolver(self) -> Any:
+        """Return the checkpoint's model without its weights."""
+        from stablegen.engine.transformers.skeleton import skeleton_of
+
+        return skeleton_of(self.directory)
+
+    def passthrough(self, numerics: Numerics) -> Any:
+        """Return the checkpoint's transformers model, loaded at the first call."""
+        if self._passthrough is None:
+            import torch
+
+            from stablegen.engine.loading import load_model, torch_device
+
+            device = torch_device("cpu" if numerics.device == "cpu" else self._device)
+            self._passthrough = load_model(self.directory, getattr(torch, numerics.dtype), device)
+        return self._passthrough
+
+    def close(self) -> None:
+        """Release the model that calls were passed through to."""
+        self._passthrough = None

@@ -36,7 +36,7 @@ def download(repo: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = "" if revision is None else f" at revision {revision}"
         raise HubError(
-            f"the model {repo!r}{at} could not be had from the hub: {reason}",
+            f"the model {repo!r}{at} could not be downloaded from the hub: {reason}",
             hint=f"Check name, revision and network. Offline: download it elsewhere (`hf download {repo}`) and pass "
             "its directory, or use the embedded model by naming none",
         ) from error
@@ -58,7 +58,7 @@ def with_retries(action: Callable[[], Path]) -> Path:
 def is_network_error(error: BaseException) -> bool:
     """Return whether trying again may help: connections, timeouts and server errors, not 401 or 404.
 
-    The hub client wraps what its HTTP library raised, so the error's causes are asked too.
+    The hub client wraps what its HTTP library raised, so the causes of an error are checked too.
     """
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:

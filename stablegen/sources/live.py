@@ -1,4 +1,4 @@
-"""A transformers model that the caller has loaded, as what a client asks about and computes with."""
+"""A transformers model that the caller has loaded."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ import torch
 
 from stablegen.core.config import context_of, token_ids
 from stablegen.core.numerics import Numerics
+from stablegen.core.policy import ExecutionPolicy
 from stablegen.core.request import ModelIdentity
 from stablegen.engine.base import Engine
-from stablegen.engine.loading import wrap_model
+from stablegen.engine.transformers.private import attention_of, name_of
 from stablegen.engine.weights import alignment_of
 from stablegen.errors import ModelError
+from stablegen.machine.plan import allows_static_cache, find_device, numerics_on
+from stablegen.sources.base import Source
 from stablegen.tokenizer import Tokenizer
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
-class LoadedModel:
-    """A causal language model of transformers that the caller has loaded; identified by its weights' bits."""
+class LiveSource(Source):
+    """A causal language model of transformers that the caller has loaded; identified by its weights' bits.
 
-    def __init__(self, model: Any) -> None:
+    It computes in the dtype and on the device that the model has. ``kv_cache_size``: as for a checkpoint.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, kv_cache_size: int | None = None) -> None:
         if not (hasattr(model, "config") and hasattr(model, "generate") and hasattr(model, "state_dict")):
             raise ModelError(
                 f"a model of type {type(model).__name__} is not a transformers model",
@@ -38,8 +44,12 @@ class LoadedModel:
         if model.training:
             raise ModelError("the model is in training mode, where dropout is random", hint="Call model.eval()")
         self.model = model
+        self.tokenizer = Tokenizer.from_object(tokenizer)
+        self.config: Mapping[str, Any] = dict(model.config.to_dict())
+        self._kv_cache_size = kv_cache_size
         self._fingerprint: tuple[object, ...] = ()
         self._identity: ModelIdentity | None = None
+        self._planned: Numerics | None = None
 
     @property
     def identity(self) -> ModelIdentity:
@@ -48,21 +58,18 @@ class LoadedModel:
         A change is seen by torch's count of changes to each tensor, and, for what that misses (``.data``), by an
         exact sum over its bits: a pass over the weights. Values that change places through ``.data`` are not seen.
         """
+        config = dict(self.model.config.to_dict())
         state = self.model.state_dict(keep_vars=True)
         sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
         versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
-        fingerprint = (versions, tuple(sums.tolist()), repr(self.config))
+        fingerprint = (versions, tuple(sums.tolist()), repr(config))
         if self._identity is None or fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
+            self.config = config
             self._identity = ModelIdentity(
-                source="digest", digest=_digest(state, self.config), name=str(self.model.config._name_or_path)
+                source="digest", digest=_digest(state, config), name=name_of(self.model.config)
             )
         return self._identity
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Return the model's configuration as it is now."""
-        return dict(self.model.config.to_dict())
 
     @property
     def context(self) -> int:
@@ -79,29 +86,46 @@ class LoadedModel:
         """Return the ids that end an answer, by the model's generation configuration."""
         return token_ids(self.model.generation_config.eos_token_id)
 
-    @property
-    def dtype(self) -> str:
-        """Return the dtype the model computes in."""
-        return str(self.model.dtype).removeprefix("torch.")
+    def plan(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
+        """Return the numerics of a policy in the model's own dtype and on its own device."""
+        self.check(policy)
+        own = str(self.model.dtype).removeprefix("torch.")
+        found = find_device(str(self.model.device), own)
+        planned = numerics_on(
+            found,
+            policy,
+            own,
+            attention=attention_of(self.model.config),
+            alignment=alignment_of(self.model),
+            static_cache=found.is_cuda and allows_static_cache(self.config),
+        )
+        if planned != self._planned:
+            self._planned = planned
+        return self._planned
 
-    @property
-    def device(self) -> str:
-        """Return torch's name of the device the model is on."""
-        return str(self.model.device)
+    def start(self, numerics: Numerics) -> Engine:
+        """Return the engine around the model; batch-invariant ones copy its weights."""
+        from stablegen.engine.loading import make_engine_around
 
-    @property
-    def alignment(self) -> str | None:
-        """Return what stands in ``Numerics`` for weights that do not lie on 64-byte boundaries."""
-        return alignment_of(self.model)
+        return make_engine_around(
+            self.model, numerics, context=self.context, kv_cache_size=self._kv_cache_size, tokenizer=self.tokenizer
+        )
 
-    @property
-    def attention(self) -> str:
-        """Return the model's attention implementation."""
-        return str(self.model.config._attn_implementation)
+    def resolver(self) -> Any:
+        """Return the model itself."""
+        return self.model
 
-    def start(self, numerics: Numerics, kv_cache_size: int | None = None, tokenizer: Tokenizer | None = None) -> Engine:
-        """Return the engine around the model."""
-        return wrap_model(self.model, numerics, self.context, kv_cache_size, tokenizer)
+    def passthrough(self, numerics: Numerics) -> Any:
+        """Return the model's own ``generate``, whatever stands in its place."""
+        return _Unwrapped(self.model)
+
+
+class _Unwrapped:
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        return type(self._model).generate(self._model, *arguments, **named)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Where records are kept: the protocol in ``base``, diskcache without pickle in ``disk``."""
+"""Where records are kept: bytes by name (``base``), on disk or in memory, and the typed ``Cache`` above them."""

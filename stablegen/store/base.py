@@ -1,109 +1,49 @@
-"""What the client asks of a store."""
+"""The one seam of a store: bytes by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
-
-from stablegen.core.answer import SelfCheck
-from stablegen.core.audit import AuditReport
-from stablegen.core.calibration import Calibration
-from stablegen.core.flagged import FlaggedHit
-from stablegen.core.record import Record
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """What a store holds: counts, and its size on disk in bytes."""
-
-    records: int
-    flagged_hits: int
-    self_checks: int
-    calibrations: int
-    audits: int
-    foreign: int
-    size: int
-    size_limit: int | None
-
-
+@runtime_checkable
 class Store(Protocol):
-    """Records by request key, and beside them the flagged hits, the self-checks, the calibrations and the audits.
+    """Bytes by name. What they mean is the ``Cache``'s, which stands above it.
 
-    An entry that fails its checks is reported (``CacheEntryWarning``) and treated as absent. Writing raises
-    ``CacheWriteError`` where the disk is full or fails.
+    Threads may share a store. Names are text such as ``record/3f2a...``. Raises ``CacheError`` or a subclass of it for
+    all that fails, never an exception of a library below: ``CacheDirectoryError`` where it cannot be read,
+    ``CacheWriteError`` where it is full or fails to write, ``CorruptEntryError`` for an entry that is damaged or was
+    written by something else.
     """
 
-    path: Path
-
-    def get(self, key: str) -> Record | None:
-        """Return the record of a request, or None."""
+    @property
+    def where(self) -> str:
+        """Return what messages call its place: a directory, an address."""
         ...
 
-    def put(self, records: Iterable[Record]) -> None:
-        """Write records in one transaction: all of them or none."""
+    def get(self, name: str) -> bytes | None:
+        """Return the bytes under a name; None where there are none."""
         ...
 
-    def keys(self, start: str = "") -> list[str]:
-        """Return the keys that begin with ``start``, oldest first."""
+    def put(self, entries: Mapping[str, bytes]) -> None:
+        """Write entries, in place of those that have their names: all of them or none."""
         ...
 
-    def records(self) -> Iterator[Record]:
-        """Yield every readable record, oldest first."""
-        ...
+    def names(self, prefix: str = "") -> Sequence[str]:
+        """Return the names that begin with ``prefix``, in the order in which they were first written.
 
-    def flag(self, hits: Iterable[FlaggedHit]) -> None:
-        """Keep flagged hits, all of them or none.
-
-        Of one request, app and numerics the newest judgement stays, and the newest proof.
+        Entries that were written by something else and cannot be read are among those of the empty prefix.
         """
         ...
 
-    def flagged(self) -> list[FlaggedHit]:
-        """Return the flagged hits, oldest first."""
+    def size(self) -> int:
+        """Return how many bytes it takes."""
         ...
 
-    def get_check(self, name: str) -> SelfCheck | None:
-        """Return the self-check kept under a name, or None."""
-        ...
-
-    def put_check(self, name: str, check: SelfCheck) -> None:
-        """Keep a self-check."""
-        ...
-
-    def checks(self) -> list[SelfCheck]:
-        """Return every self-check."""
-        ...
-
-    def get_calibration(self, name: str) -> Calibration | None:
-        """Return the calibration kept under a name, or None."""
-        ...
-
-    def put_calibration(self, name: str, calibration: Calibration) -> None:
-        """Keep a calibration."""
-        ...
-
-    def calibrations(self) -> list[Calibration]:
-        """Return every calibration."""
-        ...
-
-    def put_audit(self, name: str, report: AuditReport) -> None:
-        """Keep what an audit found."""
-        ...
-
-    def audits(self) -> list[AuditReport]:
-        """Return what the audits found, oldest first."""
-        ...
-
-    def stats(self) -> StoreStats:
-        """Return what the store holds."""
-        ...
-
-    def clear(self) -> int:
-        """Remove everything; return how many records went."""
+    def clear(self) -> None:
+        """Remove every entry."""
         ...
 
     def close(self) -> None:
-        """Release files."""
+        """Release what it holds; may be called twice."""
         ...

@@ -1,6 +1,6 @@
-"""What a run leaves behind: trace, record, verdict and completion, and the versioned bytes of a record.
+"""The bytes of a record: versioned, self-describing, and checked on reading.
 
-A stored record is self-describing and checked on reading::
+The layout::
 
     magic "SGREC" | version u8 | digest of all that follows (SHA-256, 32 bytes)
     | key (32 bytes) | header length u32 | prompt tokens u32 | steps u32 | superseded length u32
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ import pydantic_core
 from stablegen.core.frozen import Frozen
 from stablegen.core.numerics import Numerics
 from stablegen.core.params import GenerationParams
+from stablegen.core.policy import Shape
 from stablegen.core.record import Composition, Record
 from stablegen.core.request import SCHEMA, ModelIdentity, Request, words
 from stablegen.core.trace import STEP_BYTES, Trace, unpack_column
@@ -76,8 +78,8 @@ def encode(record: Record) -> bytes:
 def decode(data: bytes, key: str | None = None) -> Record:
     """Return the record in ``data``; with ``key``, only if it is that request's.
 
-    Raises ``CorruptEntryError`` for anything that is not a whole, unaltered record, ``CacheSchemaError`` for one of
-    a newer schema.
+    Raises ``CorruptEntryError`` for anything but a whole, unaltered record of this schema, ``CacheSchemaError`` for a
+    record of a newer schema.
     """
     if data[:5] != _MAGIC or len(data) < _HEADER_AT:
         raise CorruptEntryError("the entry is not a stablegen record")
@@ -86,7 +88,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
             f"the entry has schema {data[5]}; this stablegen reads up to {SCHEMA}", hint="Upgrade stablegen"
         )
     if data[5] != SCHEMA:
-        raise CorruptEntryError(f"the entry has schema {data[5]}, which no stablegen ever wrote")
+        raise CorruptEntryError(f"the entry has schema {data[5]}; this stablegen reads {SCHEMA} alone")
     if hashlib.sha256(memoryview(data)[_START:]).digest() != data[6:_START]:
         raise CorruptEntryError("the entry's digest does not match its content")
     raw_key, header_size, prompt_size, steps, superseded_size = _LAYOUT.unpack_from(data, _START)
@@ -120,7 +122,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
             own["finish_reason"],
             Trace(answer) if traced else None,
             _parse(Numerics, numerics),
-            Composition(*own["composition"]),
+            _composition(*own["composition"]),
             own["created"],
             own["seconds"],
             decode(data[superseded_at:], own_key) if superseded_size else None,
@@ -136,3 +138,8 @@ def decode(data: bytes, key: str | None = None) -> Record:
 def _parse(kind: type[_Model], text: bytes) -> _Model:
     """Return a model from its JSON; one cache holds few distinct ones, so each is validated once."""
     return kind.model_validate_json(text)
+
+
+def _composition(rows: int, requests: int, slot: int, shape: Sequence[int | None]) -> Composition:
+    """Return a composition from its JSON, in which a named tuple is a list."""
+    return Composition(rows, requests, slot, Shape(*shape))

@@ -66,7 +66,7 @@ def recompute(model: str | None, dtype: str, device: str, folder: str) -> dict[s
     """Judge each answer of a cache and generate it anew; return how many are exact by word, and by bits."""
     said = equal = count = 0
     with client_of(model, "invariant", dtype, device, folder) as client:
-        records = list(client.store.records())
+        records = list(client.cache.records())
         for group in mixed(records, seed=1):
             said += sum(client.judge(record).status == "exact" for record in group)
             found = client.verify(group, from_scratch=True)

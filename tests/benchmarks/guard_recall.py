@@ -21,7 +21,7 @@ from subjects import client_of, parse, parser_of, subject_of, tell
 
 from stablegen.client import Client
 from stablegen.core.audit import Share
-from stablegen.guard.verdicts import DEFAULT_ACCEPTED_RISK
+from stablegen.core.verdict import DEFAULT_ACCEPTED_RISK
 from stablegen.lab.prompts import SAMPLE
 from stablegen.reports.audit import brier, calibration_error, reliability
 

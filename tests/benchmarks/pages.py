@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page_file = Path(folder) / "report.html"
         with client(Path(folder) / "cache") as asking:
-            asking.store.put(made_up(options.count))
+            asking.cache.put(made_up(options.count))
             started = time.perf_counter()
             report = survey(asking)
             surveyed = time.perf_counter()

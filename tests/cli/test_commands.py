@@ -210,7 +210,7 @@ def test_inspect_marks_the_fragile_steps(run: Run) -> None:
 def test_inspect_verifies_and_shows_both_continuations(run: Run, tmp_path: Path) -> None:
     with client(tmp_path / "cache", policy="invariant") as asking:
         right = asking.complete(PROMPT, max_new_tokens=8).record
-        asking.store.put([with_token(right, 3, 7)])
+        asking.cache.put([with_token(right, 3, 7)])
     done = run("inspect", right.key, "--verify", "--html", "page.html")
     assert done.code == 0
     assert "parts  at step 3, verified" in done.out

@@ -43,7 +43,7 @@ def test_every_request_is_planned_exactly_once(policy: ExecutionPolicy, asked: l
 @given(st.sampled_from([Single(), Invariant(), Native()]), waiting, limits)
 def test_only_padded_pads(policy: ExecutionPolicy, asked: list[Request], limits: Limits) -> None:
     batches = policy.plan(asked, limits)
-    assert all(batch.width is None and None not in batch.rows for batch in batches)
+    assert all(batch.shape.width is None and None not in batch.rows for batch in batches)
     assert [row for batch in batches for row in batch.rows] == asked
 
 
@@ -61,7 +61,7 @@ def test_padded_shapes_are_fixed(rows: int, asked: list[Request], limits: Limits
     for batch in batches:
         assert len(batch.rows) == rows
         assert batch.requests
-        assert {policy.width(len(row.prompt_ids), CONTEXT) for _, row in batch.requests} == {batch.width}
+        assert {policy.width(len(row.prompt_ids), CONTEXT) for _, row in batch.requests} == {batch.shape.width}
         if not limits.slot_free:
             assert [slot for slot, _ in batch.requests] == [0]
     # fillers make up the last batch of each width and no more
@@ -89,11 +89,11 @@ def test_a_shape_is_a_function_of_the_request_alone(
     batches = policy.plan([*others[:place], one, *others[place:]], limits)
     beside = next(batch for batch in batches if any(row is one for row in batch.rows))
     assert len(beside.rows) == len(alone.rows)
-    assert Shape(beside.width, beside.capacity) == Shape(alone.width, alone.capacity)
-    assert policy.shape(length, new, limits) == Shape(alone.width, alone.capacity)
-    assert (alone.capacity is not None) == static
-    if alone.capacity is not None:
-        assert alone.capacity >= (alone.width or length) + new
+    shape = alone.shape
+    assert beside.shape == shape == policy.shape(length, new, limits)
+    assert (shape.capacity is not None) == static
+    if shape.capacity is not None:
+        assert shape.capacity >= (shape.width or length) + new
 
 
 @given(st.integers(1, 200_000))
@@ -131,7 +131,7 @@ def test_widths(length: int, width: int) -> None:
 
 def test_slots_skip_fillers() -> None:
     one, other = request((1,)), request((2,))
-    assert Batch((None, one, None, other), 64).requests == [(1, one), (3, other)]
+    assert Batch((None, one, None, other), Shape(64)).requests == [(1, one), (3, other)]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ from stablegen.client import Client
 from stablegen.core.policy import Batch
 from stablegen.engine.base import Engine
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.self_check import self_check
 from stablegen.errors import PolicyError, PromiseWarning
 from stablegen.kernels.base import KernelSet
@@ -222,12 +222,12 @@ def test_prefill_in_pieces(compare: Begin, name: str, dtype: str, every: int) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_in_chunks_of_the_engine(compare: Begin, dtype: str) -> None:
     whole = shared_engine("random-gpt2", "invariant", dtype)
-    assert isinstance(whole, GPT2Engine)
+    assert isinstance(whole, InvariantEngine)
     comparison = compare("chunked prefill of a batch", "random-gpt2", whole)
     batch = Batch((needle_of("random-gpt2", 70), *make_pool("random-gpt2", count=5)))
     expected = run(whole, batch)
     for chunk in (1, 2, 7, 16, 63, 64, 65):
-        for slot, answer in run(GPT2Engine(whole.model, whole.numerics, chunk=chunk), batch).items():
+        for slot, answer in run(InvariantEngine(whole.model, whole.numerics, chunk=chunk), batch).items():
             comparison.add(f"chunks of {chunk}", expected[slot].scores, answer.scores)
     comparison.assert_equal()
 
@@ -475,13 +475,13 @@ def broken_model(kernels: KernelSet, dtype: str) -> GPT2:
 @pytest.mark.parametrize("kernels", BROKEN + BROKEN_AT_SIZE)
 def test_broken_kernels_fail_the_self_check(kernels: type[KernelSet], dtype: str) -> None:
     numerics = shared_engine("random-gpt2", "invariant", dtype).numerics
-    assert not self_check(GPT2Engine(broken_model(kernels(), dtype), numerics), 1031).passed
+    assert not self_check(InvariantEngine(broken_model(kernels(), dtype), numerics), 1031).passed
 
 
 def test_the_self_check_runs_as_many_rows_as_the_engine() -> None:
     numerics = shared_engine("random-gpt2", "invariant", "float32").numerics
-    assert not self_check(GPT2Engine(broken_model(ManyRowsDecode(), "float32"), numerics, max_rows=128), 1031).passed
-    good = GPT2Engine(broken_model(ReferenceKernels(), "float32"), numerics, max_rows=128)
+    assert not self_check(InvariantEngine(broken_model(ManyRowsDecode(), "float32"), numerics, max_rows=128), 1031).passed
+    good = InvariantEngine(broken_model(ReferenceKernels(), "float32"), numerics, max_rows=128)
     with watch_passes() as passes:
         assert self_check(good, 1031).passed
     decoding = {len(pieces) for pieces in passes if all(piece.start < 0 for piece in pieces)}
@@ -492,7 +492,7 @@ def test_the_self_check_runs_as_many_rows_as_the_engine() -> None:
 
 def test_the_self_check_computes_long_prompts_anew() -> None:
     numerics = shared_engine("random-gpt2", "invariant", "float32").numerics
-    engine = GPT2Engine(broken_model(ReferenceKernels(), "float32"), numerics)
+    engine = InvariantEngine(broken_model(ReferenceKernels(), "float32"), numerics)
     with watch_leases() as shared:
         assert self_check(engine, 1031).passed
     # one run alone takes over what the one before has left
@@ -503,7 +503,7 @@ def test_the_self_check_computes_long_prompts_anew() -> None:
 def test_broken_kernels_are_seen_by_these_tests(kernels: type[KernelSet]) -> None:
     name, model = "random-gpt2", broken_model(kernels(), "float32")
     numerics = shared_engine(name, "invariant", "float32").numerics
-    engine, small = GPT2Engine(model, numerics), GPT2Engine(model, numerics, chunk=30)
+    engine, small = InvariantEngine(model, numerics), InvariantEngine(model, numerics, chunk=30)
     checks: dict[str, Callable[[Comparison], None]] = {
         "sizes": lambda c: compare_sizes(c, engine, make_pool(name), [2, 16, 33]),
         "slots": lambda c: compare_slots(c, engine, needle_of(name, 7), make_pool(name, count=8)),

@@ -15,8 +15,8 @@ from stablegen.core.params import GenerationParams
 from stablegen.engine.processors import processors_for
 from stablegen.engine.sampling import Chooser, choose
 from stablegen.errors import ParameterError
-from stablegen.kernels.base import BestTwo
-from stablegen.kernels.reference import best_two, log_probs
+from stablegen.kernels.base import RowSummary
+from stablegen.kernels.reference import summarise_rows, log_probs
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
 
 ROW = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.25, 0.0, -0.5, -1.0, -1.0, -2.0, -3.0, -30.0])
@@ -39,10 +39,10 @@ def chooser(seed: int, **settings: Any) -> Chooser:
     return Chooser(request((1, 2, 3), params=params), torch.device("cpu"))
 
 
-def drawn(row: torch.Tensor, seeds: range, **settings: Any) -> BestTwo:
+def drawn(row: torch.Tensor, seeds: range, **settings: Any) -> RowSummary:
     choosers = [chooser(seed, **settings) for seed in seeds]
     scores = row.repeat(len(choosers), 1)
-    return choose(choosers, scores, [0] * len(choosers), best_two(scores).hashes)
+    return choose(choosers, scores, [0] * len(choosers), summarise_rows(scores).hashes)
 
 
 def frequencies(**settings: Any) -> list[int]:
@@ -159,7 +159,7 @@ def test_a_greedy_row_keeps_the_runner_ups_own_score() -> None:
     asked = request((1, 2, 3), params=GenerationParams(max_new_tokens=1, repetition_penalty=1.3))
     scores = ROW[None] * 1e-4
     scores[0, 0] = 1000.0
-    best = choose([Chooser(asked, torch.device("cpu"))], scores, [0], best_two(scores).hashes)
+    best = choose([Chooser(asked, torch.device("cpu"))], scores, [0], summarise_rows(scores).hashes)
     (penalty,) = processors_for(asked, torch.device("cpu"))
     processed = penalty(torch.tensor([[1, 2, 3]]), scores)
     assert torch.equal(best.scores, processed.gather(1, best.tokens))
@@ -225,9 +225,9 @@ def test_greedy_and_sampled_rows_choose_side_by_side_what_they_choose_alone() ->
     )
     rows = [greedy, chooser(4), chooser(5, top_k=2), greedy, chooser(4)]
     scores = torch.stack([ROW + 0.1 * i for i in range(len(rows))])
-    together = choose(rows, scores, [0] * len(rows), best_two(scores).hashes)
+    together = choose(rows, scores, [0] * len(rows), summarise_rows(scores).hashes)
     for at, one in zip(count(), rows):
-        alone = choose([one], scores[at : at + 1], [0], best_two(scores[at : at + 1]).hashes)
+        alone = choose([one], scores[at : at + 1], [0], summarise_rows(scores[at : at + 1]).hashes)
         for name in ("tokens", "scores", "hashes", "finite"):
             assert torch.equal(getattr(together, name)[at : at + 1], getattr(alone, name))
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from stablegen.engine.transformers.engine import attention
+from stablegen.engine.transformers import attention
 from stablegen.engine.transformers.attention import OneKernel
 
 pytestmark = pytest.mark.gpu

@@ -17,7 +17,7 @@ import stablegen
 from stablegen.core.policy import Batch, capacity_for, load_policy
 from stablegen.core.request import Request
 from stablegen.engine.base import Engine, Generated
-from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.sampling import Chooser
 from stablegen.engine.self_check import self_check
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
@@ -55,7 +55,7 @@ def scored(seed: int, length: int, count: int) -> Request:
     return replace(make_request(ids[:length], count), continuation=ids[length:])
 
 
-def invariant(dtype: str, **settings: Any) -> GPT2Engine:
+def invariant(dtype: str, **settings: Any) -> InvariantEngine:
     return invariant_engine(SMALL, dtype, "cuda", **({"kv_cache_size": GIB} | settings))
 
 

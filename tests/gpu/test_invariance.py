@@ -59,7 +59,7 @@ from invariance import (
 from stablegen.core.policy import Batch, load_policy
 from stablegen.engine.base import Engine
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.loading import kernels_for
 from stablegen.engine.self_check import self_check
 from stablegen.machine.plan import find_device, numerics_on
@@ -88,7 +88,7 @@ def free_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def invariant(name: str, dtype: str, **settings: Any) -> GPT2Engine:
+def invariant(name: str, dtype: str, **settings: Any) -> InvariantEngine:
     """Return a new engine whose KV cache leaves room for those of other processes."""
     return invariant_engine(name, dtype, "cuda", **({"kv_cache_size": GIB} | settings))
 
@@ -390,7 +390,7 @@ def test_memory_of_a_batch() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     own = GPT2(model.config.to_dict(), model.state_dict(), kernels_for(device), dtype=torch.bfloat16, device=device)
-    engine = GPT2Engine(own, numerics, kv_cache_size=GIB)
+    engine = InvariantEngine(own, numerics, kv_cache_size=GIB)
     with watch_passes() as passes:
         assert len(traces(engine, batch)) == 64
     assert max(map(len, passes)) == 64

@@ -112,12 +112,12 @@ def test_a_calibration_survives_the_cache_and_another_version_is_none(tmp_path: 
     noise = steady(random.Random(1), 0.1)
     found = fit(MODEL, NATIVE, NATIVE, [(one, shaken(one, noise)) for one in traces(2, 50)], prompts=50)
     with client(tmp_path) as asking:
-        asking.store.put_calibration("one", found)
-        asking.store.put_calibration("two", found.model_copy(update={"version": VERSION + 1}))
-        again = asking.store.get_calibration("one")
-        assert asking.store.get_calibration("two") is None
-        assert asking.store.calibrations() == [found]
-        assert asking.store.stats().calibrations == 2
+        asking.cache.put_calibration("one", found)
+        asking.cache.put_calibration("two", found.model_copy(update={"version": VERSION + 1}))
+        again = asking.cache.get_calibration("one")
+        assert asking.cache.get_calibration("two") is None
+        assert asking.cache.calibrations() == [found]
+        assert asking.cache.stats().calibrations == 2
     assert again == found
     other = traces(9, 1)[0]
     assert again.flip_probabilities(other) == found.flip_probabilities(other)
@@ -285,14 +285,14 @@ def test_the_command_calibrates(run: Callable[..., Any], tmp_path: Path) -> None
     found = Calibration.model_validate_json(out)
     assert (found.recorded.policy, found.current.policy, found.prompts) == ("native", "native", 20)
     with client(tmp_path / "cache") as asking:
-        assert asking.store.stats().records == 0  # answers to measure by are nobody's
-        assert len(asking.store.calibrations()) == 2
+        assert asking.cache.stats().records == 0  # answers to measure by are nobody's
+        assert len(asking.cache.calibrations()) == 2
 
 
 def test_the_answers_of_a_cache_calibrate(run: Callable[..., Any], tmp_path: Path) -> None:
     with client(tmp_path / "cache", policy="single", dtype="bfloat16") as asking:
         asking.complete(SAMPLE[:20], max_new_tokens=16)
-        asking.store.put([record()])  # another model's
+        asking.cache.put([record()])  # another model's
     code, out, _ = run("--from", "cache", "--to", "invariant/float32", "--cache-dir", "cache", "--json")
     assert code == 0
     found = Calibration.model_validate_json(out)

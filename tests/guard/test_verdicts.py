@@ -10,17 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import numerics, passed, record, trace, untraced, with_token
 
-from stablegen.core.answer import SelfCheck
+from stablegen.core.policy import Shape
 from stablegen.core.record import Composition, Record
 from stablegen.core.trace import Trace
-from stablegen.guard.verdicts import (
-    DEFAULT_ACCEPTED_RISK,
-    NEGLIGIBLE_RISK,
-    compare,
-    flip_probabilities,
-    fragile_steps,
-    judge,
-)
+from stablegen.core.verdict import DEFAULT_ACCEPTED_RISK, SelfCheck
+from stablegen.guard.verdicts import NEGLIGIBLE_RISK, compare, flip_probabilities, fragile_steps, judge
 
 HERE = numerics()
 ELSEWHERE = numerics(torch="0.0.1")
@@ -196,8 +190,8 @@ def test_equal_bits_promise_nothing_without_a_kept_promise(policy: str) -> None:
 @pytest.mark.parametrize(("slot", "slot_free", "exact"), [(0, False, True), (1, False, False), (1, True, True)])
 def test_a_slot_that_matters_has_to_be_the_first(slot: int, slot_free: bool, exact: bool) -> None:
     now = numerics(policy="padded:2")
-    check = SelfCheck(numerics=now, width=64, passed=True, slot_free=slot_free)
-    made = record(numerics=now, composition=Composition(2, 1, slot, 64))
+    check = SelfCheck(numerics=now, shape=Shape(64), passed=True, slot_free=slot_free)
+    made = record(numerics=now, composition=Composition(2, 1, slot, Shape(64)))
     assert (judge(made, now, check=check).status == "exact") == exact
 
 

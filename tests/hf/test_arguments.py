@@ -1,4 +1,4 @@
-"""README's table of ``generate``'s arguments: every one is listed once, and is treated as it says."""
+"""``stablegen/hf/README.md``'s table of arguments: every one is listed once, and is treated as it says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stablegen.engine.processors import processors_for
 from stablegen.errors import ParameterError, UnsupportedParameterError
 from stablegen.hf.arguments import resolve
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "stablegen" / "hf" / "README.md"
 OWN = {"seed", "sample_index", "unsupported"}
 OF_THE_MODEL = {"inputs_embeds", "past_key_values", "position_ids", "token_type_ids"}
 IDS = torch.tensor([[5, 6, 7]])
@@ -56,7 +56,7 @@ VALUES: dict[str, Any] = {
 
 
 def listed() -> dict[str, str]:
-    """Return what README's table says of each argument, and check that it says it once."""
+    """Return what the table says of each argument, and check that it says it once."""
     table = README.read_text(encoding="utf-8").split("<!-- arguments of generate -->")[1].split("\n\n")[0]
     rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")][1:]
     found = [(name, answered.strip()) for names, answered in rows for name in re.findall(r"`(\w+)`", names)]

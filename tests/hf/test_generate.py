@@ -267,8 +267,8 @@ def anew(tmp_path: Path) -> Iterator[Callable[..., Client]]:
 
 def emptied(asking: Client) -> Client:
     """Return a client whose cache holds nothing, so that all it is asked is computed."""
-    asking.store.clear()
-    assert asking.store.stats().records == 0
+    asking.cache.clear()
+    assert asking.cache.stats().records == 0
     return asking
 
 
@@ -399,7 +399,7 @@ def test_forty_prompts_greedily(model: Any, asking: Client) -> None:
         assert torch.equal(ours(asking, one(row)), expected)
         answers.add(tuple(new_tokens(expected, len(row))[0]))
     assert len(answers) > 20
-    assert asking.store.stats().records == 40
+    assert asking.cache.stats().records == 40
 
 
 def test_a_client_by_name_resolves_arguments_as_the_model_does(model: Any, tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_seeds_and_sample_indices_name_different_samples(asking: Client) -> None
     named = [{"seed": seed, "sample_index": index} for seed in range(3) for index in range(3)]
     answers = [ours(asking, given, **SAMPLED | chosen)[0].tolist() for chosen in named]
     assert len(set(map(tuple, answers))) >= 8
-    assert asking.store.stats().records == 9
+    assert asking.cache.stats().records == 9
 
 
 def test_complete_and_generate_make_the_same_request(asking: Client) -> None:
@@ -605,7 +605,7 @@ def test_another_number_of_seeds_than_rows_is_refused(seed: Any, asking: Client)
 def test_a_seed_that_is_no_whole_number_is_refused(seed: Any, asking: Client) -> None:
     with pytest.raises(ParameterError):
         ours(asking, one(rows_of()[0]), do_sample=True, seed=seed)
-    assert asking.store.stats().records == 0
+    assert asking.cache.stats().records == 0
 
 
 def test_several_samples_of_a_prompt_are_cached_one_by_one(asking: Client) -> None:
@@ -613,7 +613,7 @@ def test_several_samples_of_a_prompt_are_cached_one_by_one(asking: Client) -> No
     settings = SAMPLED | {"return_dict_in_generate": True}
     found = ours(asking, padded(rows), num_return_sequences=4, **settings)
     assert found.sequences.shape[0] == len(found.completions) == 8
-    assert len({done.key for done in found.completions}) == asking.store.stats().records == 8
+    assert len({done.key for done in found.completions}) == asking.cache.stats().records == 8
     assert len({done.token_ids for done in found.completions}) == 8
     assert [list(done.record.request.prompt_ids) for done in found.completions] == [
         rows[place // 4] for place in range(8)
@@ -662,21 +662,21 @@ def test_without_a_seed_nothing_is_cached_and_it_is_said_once(small: Any, anew: 
     assert not torch.equal(first.sequences[0], first.sequences[1])
     assert not any(done.cached for out in (first, second, third) for done in out.completions)
     assert isinstance(asking.complete("Hello", do_sample=True, max_new_tokens=2).text, str)
-    assert asking.store.stats().records == 0
+    assert asking.cache.stats().records == 0
     fresh = anew(small, tokenizer())
     with pytest.warns(UncachedWarning, match="no seed") as told:
         drawn = {fresh.complete("Hello", do_sample=True, max_new_tokens=4).token_ids for _ in range(3)}
     assert len(told) == 1 and len(drawn) > 1
-    assert fresh.store.stats().records == 0
+    assert fresh.cache.stats().records == 0
 
 
 def test_a_sample_without_a_seed_is_not_read_from_the_cache(small: Any, anew: Callable[..., Client]) -> None:
     asking = anew(small)
     ours(asking, one([5, 6, 7]), do_sample=True, seed=3)
-    before = list(asking.store.records())
+    before = list(asking.cache.records())
     with pytest.warns(UncachedWarning):
         ours(asking, one([5, 6, 7]), do_sample=True)
-    assert [record.key for record in asking.store.records()] == [record.key for record in before]
+    assert [record.key for record in asking.cache.records()] == [record.key for record in before]
 
 
 @BY_POLICY
@@ -802,12 +802,12 @@ def test_a_streamer_hears_the_first_token_while_the_others_are_computed(
 
     class Watching(Recorder):
         def put(self, value: torch.Tensor) -> None:
-            kept.append(asking.store.stats().records)
+            kept.append(asking.cache.stats().records)
 
     ours(asking, padded(rows_of()[:2]), streamer=Watching())
     assert len(kept) == 1 + NEW
     assert kept[1] < 2  # the other's record is there: rows run one by one under ``single``
-    assert asking.store.stats().records == 2
+    assert asking.cache.stats().records == 2
 
 
 def test_a_text_streamer_in_a_thread(small: Any, clients: dict[str, Client]) -> None:
@@ -832,7 +832,7 @@ def test_a_text_streamer_takes_one_row(model: Any, asking: Client) -> None:
     for ask, whom in ((theirs, model), (ours, asking)):
         with pytest.raises(ValueError, match="batch size 1"):
             ask(whom, padded(rows_of()[:2]), streamer=TextStreamer(tokenizer()))
-    assert asking.store.stats().records == 0
+    assert asking.cache.stats().records == 0
 
 
 def test_a_text_streamer_prints_what_it_does_of_transformers(
@@ -1031,7 +1031,7 @@ def test_what_no_policy_makes_stable_is_refused_by_name(name: str, asking: Clien
     assert what in caught.value.problem
     assert instead in str(caught.value.hint) and "unsupported='passthrough'" in str(caught.value.hint)
     assert isinstance(caught.value, ValueError)
-    assert asking.store.stats().records == 0
+    assert asking.cache.stats().records == 0
 
 
 def test_a_setting_is_refused_in_a_configuration_too(asking: Client) -> None:
@@ -1075,7 +1075,7 @@ def test_what_is_passed_through_is_transformers_own(name: str, anew: Callable[..
             assert (kind in found) is (kind in expected) is (f"output_{kind}" in PASSED_ON[name]())
             for mine, other in zip(found.get(kind, ()), expected.get(kind, ()), strict=True):
                 assert all(map(torch.equal, mine, other))
-    assert asking.store.stats().records == 0
+    assert asking.cache.stats().records == 0
 
 
 def test_a_client_by_name_passes_on_to_a_model_of_its_own(model: Any, tmp_path: Path) -> None:
@@ -1091,7 +1091,7 @@ def test_passing_through_leaves_what_is_supported_cached(asking: Client) -> None
     given = one(rows_of()[0])
     out = ours(asking, given, unsupported="passthrough", return_dict_in_generate=True, repetition_penalty=1.2)
     assert not out.completions[0].cached
-    assert asking.store.stats().records == 1
+    assert asking.cache.stats().records == 1
 
 
 def test_an_unknown_argument_is_refused_as_in_transformers(model: Any, asking: Client) -> None:
@@ -1338,7 +1338,7 @@ def test_a_stabilized_model_is_the_same_object_and_its_answers_are_cached(alone_
         out = stable.generate(**padded(rows), max_new_tokens=NEW, pad_token_id=PAD, return_dict_in_generate=True)
         assert [done.cached for done in out.completions] == [cached] * 3
         assert new_tokens(out, width) == expected
-    assert stable.stablegen.store.stats().records == 3
+    assert stable.stablegen.cache.stats().records == 3
     assert (
         stable.stablegen.generate(**padded(rows), max_new_tokens=NEW, return_dict_in_generate=True)
         .completions[0]
@@ -1406,7 +1406,7 @@ def test_stabilized_twice_a_model_has_a_new_client(stabilized: Any, tmp_path: Pa
     assert stabilized.stablegen is not first
     assert str(stabilized.stablegen.policy) == "single"
     assert ours(stabilized, one([5, 6, 7])).shape == (1, 3 + NEW)
-    assert stabilized.stablegen.store.stats().records == 1
+    assert stabilized.stablegen.cache.stats().records == 1
     assert "stablegen" not in vars(stablegen.restore(stabilized))
     assert stabilized.generate.__func__ is GPT2LMHeadModel.generate
 
@@ -1445,7 +1445,7 @@ def test_settings_come_from_the_configuration(
     def settled(**given: Any) -> tuple[str, str, str | None]:
         made = stablegen.stabilize(small, **given).stablegen
         try:
-            assert made.store.path == alone_in_the_world / "answers"
+            assert made.cache.path == alone_in_the_world / "answers"
             return str(made.policy), made.on_risk, made.app
         finally:
             stablegen.restore(small)
@@ -1523,30 +1523,30 @@ def piped(stable: Any, **arguments: Any) -> list[list[int]]:
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True, "seed": 5}], ids=["greedy", "sampled"])
 def test_a_pipeline_gives_the_same_at_every_batch_size(settings: dict[str, Any], stabilized: Any) -> None:
     one_by_one = piped(stabilized, batch_size=1, max_new_tokens=NEW, **settings)
-    assert stabilized.stablegen.store.stats().records == len(PROMPTS)
+    assert stabilized.stablegen.cache.stats().records == len(PROMPTS)
     emptied(stabilized.stablegen)
     assert piped(stabilized, batch_size=8, max_new_tokens=NEW, **settings) == one_by_one
     assert [out[: len(row)] for out, row in zip(one_by_one, rows_of(), strict=True)] == rows_of()
     assert len({tuple(out[-NEW:]) for out in one_by_one}) > 1
     assert piped(stabilized, batch_size=3, max_new_tokens=NEW, **settings) == one_by_one
-    assert stabilized.stablegen.store.stats().records == len(PROMPTS)
+    assert stabilized.stablegen.cache.stats().records == len(PROMPTS)
 
 
 def test_a_pipeline_samples_by_its_own_defaults(stabilized: Any) -> None:
     sampled = piped(stabilized, max_new_tokens=NEW, seed=5)
-    for record in stabilized.stablegen.store.records():
+    for record in stabilized.stablegen.cache.records():
         assert record.request.params.do_sample
         assert record.request.params.temperature == 0.7
         assert record.request.params.seed == 5
     assert sampled != piped(stabilized, max_new_tokens=NEW, do_sample=False)
-    assert stabilized.stablegen.store.stats().records == 2 * len(PROMPTS)
+    assert stabilized.stablegen.cache.stats().records == 2 * len(PROMPTS)
 
 
 def test_a_pipeline_without_a_seed_is_told_once(stabilized: Any) -> None:
     with pytest.warns(UncachedWarning, match="no seed") as told:
         piped(stabilized, max_new_tokens=2)
     assert len(told) == 1
-    assert stabilized.stablegen.store.stats().records == 0
+    assert stabilized.stablegen.cache.stats().records == 0
 
 
 def test_a_pipeline_stops_at_its_stop_sequence(model: Any, alone_in_the_world: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from stablegen.engine.invariant.kv_cache import TICKS, KVCache
 from stablegen.kernels.base import LOG_WIDTH, PAGE, KernelSet, Linear, Norm, Placed, Rows
-from stablegen.kernels.reference import ReferenceKernels, best_two
+from stablegen.kernels.reference import ReferenceKernels, summarise_rows
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
@@ -821,7 +821,7 @@ class Chosen:
 
     def check(self) -> None:
         """Compare with what the reference says of the same scores."""
-        expected = best_two(self.scores)
+        expected = summarise_rows(self.scores)
         assert torch.equal(self.hashes, expected.hashes)
         assert torch.equal(self.finite, expected.finite)
         assert self.words[:, 7].tolist() == [0] * len(self.words)

@@ -16,7 +16,7 @@ from stablegen.core.numerics import Numerics
 from stablegen.core.policy import load_policy
 from stablegen.errors import DeviceError, DtypeError, NumericsChangedError
 from stablegen.machine.device import Device, resolve_device, usable_cpus, visible_gpus
-from stablegen.machine.plan import ENGINE_VERSION, KERNEL_VERSIONS, numerics_on
+from stablegen.machine.plan import ENGINE_VERSION, KERNEL_VERSIONS, numerics_on, processed
 
 POLICIES = ["single", "padded:4", "invariant", "native"]
 H100 = Device("cuda:0", "NVIDIA H100 80GB HBM3", capability=(9, 0), sm_count=132)
@@ -26,7 +26,7 @@ CPU = Device("cpu", "a processor", instruction_set="avx2 fma", threads=3)
 def test_known_without_torch_and_as_torch_has_it() -> None:
     code = """
 import json, sys
-from stablegen.machine.plan import find_device, numerics_on
+from stablegen.machine.plan import processed, find_device, numerics_on
 from stablegen.core.policy import load_policy
 
 policies = sys.argv[1:]
@@ -59,7 +59,8 @@ def test_the_digest_is_stable() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(Numerics.model_fields)))
 def test_every_field_moves_the_digest(name: str) -> None:
-    value: Any = {"sm_count": 1, "threads": 1, "overrides": ("MKL_CBWR=COMPATIBLE",)}.get(name, "another")
+    other = {"sm_count": 1, "threads": 1, "engine_version": 9, "static": True, "choosing": 1}
+    value: Any = {**other, "overrides": ("MKL_CBWR=COMPATIBLE",)}.get(name, "another")
     changed = numerics(**{name: value})
     assert changed.digest != numerics().digest
     assert changed.differences(numerics()) == {name: (value, getattr(numerics(), name))}
@@ -96,15 +97,38 @@ def test_which_fields_apply(policy: str, device: Device, given: set[str], absent
 
 
 @pytest.mark.parametrize(
-    ("policy", "device", "kernels"),
+    ("policy", "device", "engine"),
     [
-        ("invariant", CPU, f"reference/{KERNEL_VERSIONS['reference']}"),
-        ("invariant", H100, f"triton/{KERNEL_VERSIONS['triton']}"),
-        ("single", CPU, f"transformers-eager/{ENGINE_VERSION}"),
+        ("invariant", CPU, ("reference", KERNEL_VERSIONS["reference"], None)),
+        ("invariant", H100, ("triton", KERNEL_VERSIONS["triton"], None)),
+        ("single", CPU, ("transformers", ENGINE_VERSION, "eager")),
     ],
 )
-def test_kernels_are_named(policy: str, device: Device, kernels: str) -> None:
-    assert numerics_on(device, load_policy(policy), "float32", attention="eager").kernels == kernels
+def test_engines_are_named(policy: str, device: Device, engine: tuple[str, int, str | None]) -> None:
+    found = numerics_on(device, load_policy(policy), "float32", attention="eager")
+    assert (found.engine, found.engine_version, found.attention) == engine
+
+
+@pytest.mark.parametrize(
+    ("policy", "device", "attention", "static"),
+    [
+        ("single", H100, "sdpa", True),
+        ("padded:2", H100, "sdpa", True),
+        ("single", H100, "eager", False),
+        ("single", CPU, "sdpa", False),
+        ("native", H100, "sdpa", False),
+        ("invariant", H100, "sdpa", False),
+    ],
+)
+def test_where_the_kv_cache_has_a_fixed_length(policy: str, device: Device, attention: str, static: bool) -> None:
+    found = numerics_on(device, load_policy(policy), "float32", attention=attention, static_cache=True)
+    assert found.static is static
+    assert numerics_on(device, load_policy(policy), "float32", attention=attention).static is False
+
+
+def test_processing_is_part_of_the_numerics() -> None:
+    plain = numerics_on(CPU, load_policy("invariant"), "float32")
+    assert set(processed(plain).differences(plain)) == {"choosing", "transformers"}
 
 
 def test_kernel_versions_are_those_of_the_kernel_sets() -> None:

@@ -10,8 +10,9 @@ from rich.console import Console
 from support import client, numerics, proof, record, request, trace, untraced, with_token
 
 from stablegen.console.answer import render
-from stablegen.core.answer import Verdict, Verification
+from stablegen.core.answer import Verification
 from stablegen.core.record import Composition, Record
+from stablegen.core.verdict import Verdict
 from stablegen.reports.answer import Inspection, inspect, partings
 
 
@@ -76,7 +77,7 @@ def test_verifying_shows_both_continuations(tmp_path: Path) -> None:
     with client(tmp_path, policy="invariant") as asking:
         right = asking.complete("What is music?", max_new_tokens=6).record
         wrong = with_token(right, 2, 7)
-        asking.store.put([wrong])
+        asking.cache.put([wrong])
         found = inspect(asking, wrong, asking.verify(wrong))
     assert found.verification is not None
     assert found.verification.status == "diverged"

@@ -69,7 +69,7 @@ def test_real_divergences_are_counted(tmp_path: Path) -> None:
     with client(tmp_path, policy="native", dtype="bfloat16") as asking:
         asking.complete(PROMPTS, max_new_tokens=NEW)
     with client(tmp_path, policy="invariant") as later:
-        before = list(later.store.records())
+        before = list(later.cache.records())
         report = audit(later)
         truth = later.verify(before)
         assert [later.inspect(old.key) for old in before] == before
@@ -93,7 +93,7 @@ def test_exact_answers_are_equal_in_bits_and_a_planted_lie_breaks_the_audit(tmp_
         report = audit(later)
         assert report.table == {"exact": {"bits": len(PROMPTS), "tokens": 0, "diverged": 0}}
         assert (report.exact.count, report.exact.of, report.broken) == (len(PROMPTS), len(PROMPTS), False)
-        later.store.put([with_token(done[2].record, 3, 7)])
+        later.cache.put([with_token(done[2].record, 3, 7)])
         report = audit(later)
     assert report.broken
     (lie,) = report.wrong
@@ -103,7 +103,7 @@ def test_exact_answers_are_equal_in_bits_and_a_planted_lie_breaks_the_audit(tmp_
 def test_a_sample_is_a_part_and_the_same_one_again(tmp_path: Path) -> None:
     with client(tmp_path, policy="invariant") as asking:
         done = asking.complete(PROMPTS, max_new_tokens=3)
-        asking.store.put([with_token(one.record, 1, 7) for one in done])
+        asking.cache.put([with_token(one.record, 1, 7) for one in done])
         first, again, other = (audit(asking, sample=3, seed=seed) for seed in (1, 1, 2))
     keys = [[hit.key for hit in report.wrong] for report in (first, again, other)]
     assert len(keys[0]) == 3
@@ -116,7 +116,7 @@ def test_answers_of_other_models_are_left_out(tmp_path: Path) -> None:
         other.complete("Hello", max_new_tokens=2)
     with client(tmp_path, policy="invariant") as asking:
         asking.complete("Hello", max_new_tokens=2)
-        asking.store.put([record()])
+        asking.cache.put([record()])
         report = audit(asking)
     assert (report.records, report.audited, report.skipped) == (3, 1, {"of another model or tokenizer": 2})
 
@@ -163,14 +163,14 @@ def test_the_command_reports_draws_and_fails_where_an_exact_was_not(run: Callabl
     assert report.audited == 7
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
     with client(tmp_path / "cache", policy="invariant") as asking:
-        assert asking.store.audits() == [report]
-        asking.store.put([with_token(right, 2, 7)])
+        assert asking.cache.audits() == [report]
+        asking.cache.put([with_token(right, 2, 7)])
     code, out, _ = run("audit", *HERE, *more, "--json")
     assert code == 1
     broken = AuditReport.model_validate(json.loads(out))
     assert broken.broken
     with client(tmp_path / "cache", policy="invariant") as asking:
-        assert asking.store.audits() == [broken]
+        assert asking.cache.audits() == [broken]
 
 
 def test_wrong_usage_is_named(run: Callable[..., Any]) -> None:

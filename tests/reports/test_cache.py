@@ -50,7 +50,7 @@ def test_margins_are_counted_in_bins() -> None:
 
 def test_answers_are_counted_by_verdict_app_model_and_numerics(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
-        asking.store.put(made_up(40, steps=6))
+        asking.cache.put(made_up(40, steps=6))
         report = survey(asking)
     assert (report.records, report.others, report.corrupt) == (40, 40, 0)
     assert sum(report.verdicts.values()) == 40
@@ -72,13 +72,13 @@ def test_answers_are_counted_by_verdict_app_model_and_numerics(tmp_path: Path) -
 def test_the_most_fragile_come_first(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
         other = numerics(dtype="bfloat16")
-        asking.store.put([mine(asking, 1, numerics=other, margins=(9.0, 8.0))])
-        asking.store.put([mine(asking, 2, numerics=other, margins=(9.0, 0.01))])
-        asking.store.put([untraced(asked=request((3,)))])
-        asking.store.put([mine(asking, 4, numerics=other, margins=(9.0, 0.1))])
+        asking.cache.put([mine(asking, 1, numerics=other, margins=(9.0, 8.0))])
+        asking.cache.put([mine(asking, 2, numerics=other, margins=(9.0, 0.01))])
+        asking.cache.put([untraced(asked=request((3,)))])
+        asking.cache.put([mine(asking, 4, numerics=other, margins=(9.0, 0.1))])
         parted = mine(asking, 5, numerics=other, margins=(9.0, 9.0))
-        asking.store.put([parted])
-        asking.store.flag([proof(parted, asking.numerics)])
+        asking.cache.put([parted])
+        asking.cache.flag([proof(parted, asking.numerics)])
         report = survey(asking)
     statuses = [one.verdict.status for one in report.answers]
     assert statuses == ["diverged", "at_risk", "at_risk", "unknown", "stable"]
@@ -103,9 +103,9 @@ def test_a_proof_holds_for_the_very_answer_and_numerics_alone() -> None:
 def test_what_if_tells_what_is_exact_and_what_would_be_after_a_self_check(tmp_path: Path) -> None:
     with client(tmp_path, policy="invariant") as asking:
         own = asking.numerics
-        asking.store.put([mine(asking, 1), mine(asking, 2), mine(asking, 3, margins=(0.0, 5.0)), record()])
+        asking.cache.put([mine(asking, 1), mine(asking, 2), mine(asking, 3, margins=(0.0, 5.0)), record()])
         before = survey(asking)
-        asking.store.put_check(check_name(asking.source.identity, own, Shape()), passed(own))
+        asking.cache.put_check(check_name(asking.source.identity, own, Shape()), passed(own))
     with client(tmp_path, policy="invariant") as asking:
         after = survey(asking)
     ahead = policy(before, "invariant")
@@ -129,8 +129,8 @@ def test_another_policy_of_the_client_is_foretold_too(tmp_path: Path) -> None:
 
 def test_corrupt_entries_are_reported_and_counted(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
-        asking.store.put([record(), record(request((9,)))])
-        asking.store._cache.set(f"record:{record().key}", b"damaged")  # type: ignore[attr-defined]
+        asking.cache.put([record(), record(request((9,)))])
+        asking.cache._cache.set(f"record:{record().key}", b"damaged")  # type: ignore[attr-defined]
         with pytest.warns(CacheEntryWarning, match="not a stablegen record"):
             report = survey(asking)
     assert (report.records, report.corrupt) == (1, 1)
@@ -148,10 +148,10 @@ def test_the_audit_of_these_numerics_goes_before_a_newer_one_of_others(tmp_path:
     with client(tmp_path) as asking:
         own = audit_report(model=asking.model_name, numerics=asking.numerics, made=1.0)
         other = audit_report(made=2.0)
-        asking.store.put_audit("other", other)
-        asking.store.put([record()])
+        asking.cache.put_audit("other", other)
+        asking.cache.put([record()])
         assert survey(asking).audit == other
-        asking.store.put_audit("own", own)
+        asking.cache.put_audit("own", own)
         report = survey(asking)
     assert report.audit == own
     assert "newest audit: 2 answers" in shown(report)
@@ -161,7 +161,7 @@ def test_models_of_one_name_are_told_apart_and_untold_tokens_are_ids(tmp_path: P
     with client(tmp_path) as asking:
         model = asking.source.identity
         one, two = model.model_copy(update={"digest": "1" * 64}), model.model_copy(update={"digest": "2" * 64})
-        asking.store.put([record(request((1,), model=one)), record(request((2,), model=two))])
+        asking.cache.put([record(request((1,), model=one)), record(request((2,), model=two))])
         report = survey(asking)
     assert {answer.model for answer in report.answers} == {"tiny-gpt2 (11111111)", "tiny-gpt2 (22222222)"}
     assert {answer.token for answer in report.answers} == {"0"}
@@ -170,7 +170,7 @@ def test_models_of_one_name_are_told_apart_and_untold_tokens_are_ids(tmp_path: P
 
 def test_margins_without_end_are_none(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
-        asking.store.put([record(traced=trace([inf, inf]))])
+        asking.cache.put([record(traced=trace([inf, inf]))])
         report = survey(asking)
     assert report.answers[0].margin is None
     assert report.all.beyond == 2
@@ -190,7 +190,7 @@ except SystemExit:
 print(json.dumps([name for name in ("torch", "transformers", "matplotlib") if name in sys.modules]))
 """
     with client(tmp_path / "cache") as asking:
-        asking.store.put(made_up(3, steps=4))
+        asking.cache.put(made_up(3, steps=4))
     assert python(code, tmp_path / "cache", tmp_path / "report.html") == []
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     data = page.split('id="answers-data">')[1].split("</script>")[0]

@@ -120,7 +120,7 @@ def lengthened(old: Record) -> Record:
 def test_planted_divergences_are_found_and_repaired(tmp_path: Path, truth: Record, planted: Any) -> None:
     old = planted(truth)
     with client(tmp_path / "cache", policy="invariant") as asking:
-        asking.store.put([old])
+        asking.cache.put([old])
         verified = asking.verify(asking.inspect(old.key))
         assert_true(verified, truth)
         assert asking.inspect(old.key).superseded is None
@@ -141,7 +141,7 @@ def test_an_answer_that_ends_itself_is_followed_no_further(tmp_path: Path, truth
         length = len(done.token_ids)
         assert asking.verify(done).verdict.status == "exact"
         for step in (length - 1, 0):  # the end itself, and one that an end follows
-            asking.store.put([with_token(done.record, step, 7)])
+            asking.cache.put([with_token(done.record, step, 7)])
             verified = asking.verify(done.key)
             assert_true(verified, done.record)
 
@@ -186,10 +186,10 @@ def test_where_prefill_is_not_decoding_the_fragile_steps_are_replayed(tmp_path: 
     with client(tmp_path, policy=policy, dtype="bfloat16") as asking:
         asking.complete(PROMPTS, max_new_tokens=NEW)
     with client(tmp_path, policy=policy) as later:
-        hits = list(later.store.records())
+        hits = list(later.cache.records())
         truth = later.verify(hits, from_scratch=True)
         found = later.verify(hits)
-        assert list(later.store.records()) == hits
+        assert list(later.cache.records()) == hits
     for verified, true in zip(found, truth, strict=True):
         if verified.fresh is None:
             assert true.verdict.status == "stable"
@@ -238,7 +238,7 @@ def test_other_policies_recompute(tmp_path: Path, truth: Record, policy: str) ->
         verified = asking.verify(done)
         assert verified.verdict.status == ("exact" if policy == "single" else "stable")
         assert verified.verdict.reason.startswith("recomputed")
-        asking.store.put([with_token(done.record, 3, 7)])
+        asking.cache.put([with_token(done.record, 3, 7)])
         found = asking.verify(done.key).verdict
         assert (found.status, found.step, found.token) == ("diverged", 3, 7)
 
@@ -252,7 +252,7 @@ def test_a_policy_that_broke_its_promise_proves_nothing(tmp_path: Path, truth: R
     check = module.self_check
     monkeypatch.setattr(module, "self_check", broken)
     with client(tmp_path / "cache", policy="invariant") as asking:
-        asking.store.put([truth])
+        asking.cache.put([truth])
         with pytest.warns(PromiseWarning, match="does not keep"):
             verdict = asking.verify(truth.key).verdict
     assert (verdict.status, verdict.reason.split(":")[0]) == ("stable", "recomputed")
@@ -334,7 +334,7 @@ def test_a_caller_who_fails_and_keeps_the_error_can_go_on(tmp_path: Path) -> Non
 
 def test_a_divergence_that_was_proved_is_kept_beside_the_judgement(tmp_path: Path, truth: Record) -> None:
     with client(tmp_path, policy="invariant") as asking:
-        asking.store.put([near_tie(with_token(truth, 4, 7))])
+        asking.cache.put([near_tie(with_token(truth, 4, 7))])
         asking.complete("Tell me about music", max_new_tokens=NEW)
         assert [hit.verdict.status for hit in asking.warnings()] == ["at_risk"]
         asking.verify(truth.key)

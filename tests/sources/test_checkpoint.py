@@ -168,7 +168,7 @@ def test_weights_replaced_before_they_are_loaded_are_noticed(policy: str, direct
         save(small_gpt2(initializer_range=0.5), directory)
         with pytest.raises(CheckpointError, match="was changed since this client was made"):
             asking.complete("Hello", max_new_tokens=2)
-        assert list(asking.store.records()) == []
+        assert list(asking.cache.records()) == []
 
 
 @pytest.mark.parametrize("changes", [{"n_head": None}, {"n_head": 0}, {"n_head": "x"}, {"n_layer": 1.5}])
@@ -377,7 +377,7 @@ def test_a_network_error_is_tried_again(failure: str, hub: list[Any], directory:
 @pytest.mark.parametrize("failure", [lambda: http(404), lambda: http(401), lambda: ValueError("odd")])
 def test_other_errors_are_not_tried_again(failure: Callable[[], BaseException], hub: list[Any]) -> None:
     hub.extend([failure(), "never asked for"])
-    with pytest.raises(HubError, match="'owner/name' at revision r1 could not be had from the hub"):
+    with pytest.raises(HubError, match="'owner/name' at revision r1 could not be downloaded from the hub"):
         open_checkpoint("owner/name", "r1", NONE)
     assert hub == ["never asked for"]
 
@@ -407,7 +407,7 @@ def test_the_real_hub_client_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(HubError, match=r"'gpt2' could not be had.*Offline: download it elsewhere"):
+    with pytest.raises(HubError, match=r"'gpt2' could not be downloaded.*Offline: download it elsewhere"):
         open_checkpoint("gpt2", None, NONE)
     assert len(online) == 4
 

@@ -1,4 +1,4 @@
-"""The cache on disk: no pickle in either direction, nothing lost, and damage reported instead of served."""
+"""The store on disk: no pickle in either direction, nothing lost, and damage reported instead of served."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import diskcache
 import pytest
-from support import audit_report, client, numerics, passed, record, request, untraced
+from store.planted import Bomb, fill, plant, replace, sql
 
-import stablegen.store.disk
-from stablegen.core.answer import Verdict
-from stablegen.core.flagged import FlaggedHit
-from stablegen.core.record import Record
 from stablegen.core.request import SCHEMA
-from stablegen.errors import CacheDirectoryError, CacheEntryWarning, CacheSchemaError, CacheWriteError
-from stablegen.store.codec import encode
+from stablegen.errors import (
+    CacheDirectoryError,
+    CacheError,
+    CacheSchemaError,
+    CacheWriteError,
+    CorruptEntryError,
+)
 from stablegen.store.disk import BytesDisk, DiskStore
+
+LARGE = b"large" * 10_000
+"""diskcache keeps values of this size in files."""
 
 
 @pytest.fixture
@@ -36,104 +40,32 @@ def store(tmp_path: Path) -> Iterator[DiskStore]:
         yield opened
 
 
-def made(token: int, **changes: Any) -> Record:
-    return record(request((token,)), **changes)
+def files(store: DiskStore) -> list[bytes]:
+    """Return what stands in the files of large values."""
+    return sorted(path.read_bytes() for path in store.path.rglob("*.val"))
 
 
-def hit(key: str = "5" * 64, **changes: Any) -> FlaggedHit:
-    fields = {"key": key, "app": "an app", "prompt": "a prompt", "verdict": Verdict(status="at_risk", reason="r")}
-    fields |= {"token": " a", "runner_up": " b", "recorded": "there", "recorded_digest": "1" * 64}
-    return FlaggedHit(**(fields | {"current": "here", "current_digest": "2" * 64, "seen": 1.0} | changes))
+def user_version(store: DiskStore, change: int | None = None) -> int:
+    with closing(sqlite3.connect(store.path / "cache.db")) as connection:
+        if change is not None:
+            connection.execute(f"PRAGMA user_version = {change}")
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def sql(store: DiskStore, statement: str, *values: Any) -> None:
-    """Do to the database what another program could."""
-    with closing(sqlite3.connect(store.path / "cache.db")) as connection, connection:
-        assert connection.execute(statement, values).rowcount == 1
+# -- the directory, and what stays in it -----------------------------------------------------------------------
 
 
-def plant(store: DiskStore, name: Any, value: Any, *, mode: int = 1, raw: int = 1) -> None:
-    columns = "key, raw, store_time, access_time, access_count, tag, size, mode, filename, value"
-    sql(store, f"INSERT INTO Cache({columns}) VALUES (?, ?, 0, 0, 0, NULL, 0, ?, NULL, ?)", name, raw, mode, value)
+def test_where_it_is(tmp_path: Path) -> None:
+    with closing(DiskStore(tmp_path / "cache")) as store:
+        assert (store.path, store.where, store.size_limit) == (tmp_path / "cache", str(tmp_path / "cache"), None)
 
 
-def replace(store: DiskStore, key: str, value: Any, *, mode: int = 1) -> None:
-    sql(store, "UPDATE Cache SET value = ?, mode = ? WHERE key = ?", value, mode, f"record:{key}")
-
-
-# -- what goes in comes out ------------------------------------------------------------------------------------
-
-
-def test_records_come_back(store: DiskStore) -> None:
-    old = untraced(created=1.0)
-    first, second = record(created=2.0).superseding(old), made(9)
-    store.put([first, second])
-    assert store.get(first.key) == first
-    assert store.get("0" * 64) is None
-    assert list(store.records()) == [first, second]
-    assert store.keys() == [first.key, second.key]
-    assert store.keys(first.key[:8]) == [first.key]
-
-
-def test_superseded_is_kept_one_level_deep(store: DiskStore) -> None:
-    newest = record(created=1.0)
-    for day in (2.0, 3.0, 4.0):
-        newest = record(created=day).superseding(newest)
-        store.put([newest])
-    found = store.get(newest.key)
-    assert found is not None
-    assert found.superseded is not None
-    assert (found.created, found.superseded.created, found.superseded.superseded) == (4.0, 3.0, None)
-
-
-def test_flags_and_checks_come_back(store: DiskStore) -> None:
-    store.flag([hit(seen=1.0)])
-    store.flag([hit("6" * 64)])
-    store.flag([hit(seen=2.0)])  # the same request under the same numerics
-    assert [(found.key[0], found.seen) for found in store.flagged()] == [("5", 2.0), ("6", 1.0)]
-    check = passed(numerics())
-    store.put_check("a name", check)
-    assert store.get_check("a name") == check
-    assert store.get_check("another") is None
-    assert store.checks() == [check]
-
-
-def test_of_each_name_the_newest_audit_stays(store: DiskStore) -> None:
-    early, late = audit_report(made=1.0), audit_report(made=3.0)
-    other = audit_report(made=2.0, numerics=numerics(dtype="bfloat16"))
-    for name, report in (("one", early), ("one", late), ("another", other)):
-        store.put_audit(name, report)
-    assert store.audits() == [other, late]
-    assert store.stats().audits == 2
-    assert store.clear() == 0
-    assert store.audits() == []
-
-
-def test_an_audit_that_cannot_be_read_is_reported(store: DiskStore) -> None:
-    plant(store, "audit:bad", b'{"model": 1}')
-    store.put_audit("good", audit_report())
-    with pytest.warns(CacheEntryWarning, match="audit:bad"):
-        assert store.audits() == [audit_report()]
-
-
-def test_large_records_come_back(store: DiskStore) -> None:
-    large = record(margins=[1.0] * 3000)
-    store.put([large])
-    assert store.get(large.key) == large
-
-
-def test_stats_and_clear(store: DiskStore) -> None:
-    store.put([made(1), made(2)])
-    store.flag([hit()])
-    store.put_check("a", passed(numerics()))
-    plant(store, "foreign", b"x")
-    stats = store.stats()
-    assert (stats.records, stats.flagged_hits, stats.self_checks, stats.foreign) == (2, 1, 1, 1)
-    assert stats.size > 0
-    assert store.clear() == 2
-    assert list(store.records()) == []
-    stats = store.stats()
-    assert (stats.records, stats.flagged_hits, stats.self_checks, stats.foreign) == (0, 0, 0, 0)
+def test_entries_are_there_when_it_is_opened_again(store: DiskStore) -> None:
+    store.put({"b": b"1", "a": LARGE})
+    store.close()
+    with closing(DiskStore(store.path)) as again:
+        assert again.names() == ["b", "a"]
+        assert (again.get("b"), again.get("a")) == (b"1", LARGE)
 
 
 def test_the_directory_is_the_users_alone(tmp_path: Path) -> None:
@@ -157,82 +89,63 @@ def test_nothing_is_evicted_unless_asked(store: DiskStore) -> None:
     assert store._cache.size_limit >= 2**60
     # diskcache's own limit would be 1 GiB; whatever it says, no row goes
     store._cache.reset("size_limit", 1)
-    store.put([made(token) for token in range(50)])
-    store.put([made(99)])
-    assert store.stats().records == 51
+    store.put({f"record/{token}": b"x" * 700 for token in range(50)})
+    store.put({"record/99": b"x"})
+    assert len(store.names()) == 51
 
 
 def test_a_size_limit_is_kept(tmp_path: Path) -> None:
     limit = 200_000
     with closing(DiskStore(tmp_path, size_limit=limit)) as store:
         for token in range(60):
-            store.put([record(request((token,)), margins=[1.0] * 400)])  # some 10 KB each
-        kept = store.keys()
-        stats = store.stats()
-        assert stats.size_limit == limit
-        assert stats.size < 2 * limit
-        assert 5 < stats.records < 40
-        assert kept[-1] == request((59,)).key  # the oldest go first
-        assert stats.foreign == 0
+            store.put({f"record/{token}": bytes(10_000)})
+        kept = store.names()
+        assert store.size_limit == limit
+        assert store.size() < 2 * limit
+        assert 5 < len(kept) < 40
+        assert kept[-1] == "record/59"  # the oldest go first
+        assert all(name.startswith("record/") for name in kept)
+
+
+def test_a_closed_store_does_not_open_again(store: DiskStore) -> None:
+    store.put({"a": b"1"})
+    store.close()
+    for action in (lambda: store.get("a"), store.names, lambda: store.put({"a": b"2"})):
+        with pytest.raises(CacheError, match=rf"{store.path} is closed\. Open it again"):
+            action()
+    store.close()
+    assert store.where == str(store.path)
 
 
 # -- no pickle ---------------------------------------------------------------------------------------------------
 
 
-class Bomb:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.marker,))
-
-
 def test_a_planted_pickle_never_runs(store: DiskStore, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     bomb = pickle.dumps(Bomb(marker))
-    sound, planted = made(1), made(2)
-    store.put([sound])
-    plant(store, f"record:{planted.key}", bomb, mode=4)  # a value
+    store.put({"sound": b"1"})
+    plant(store, "value", bomb, mode=4)
     plant(store, bomb, b"x", raw=0)  # a key
-    plant(store, "flag:x", bomb, mode=4)
-    plant(store, "check:x", bomb, mode=4)
-
-    with pytest.warns(CacheEntryWarning, match=f"{planted.key}.*pickled.*not read"):
-        assert store.get(planted.key) is None
-    with pytest.warns(CacheEntryWarning):
-        assert list(store.records()) == [sound]
-    with pytest.warns(CacheEntryWarning):
-        assert store.flagged() == []
-    with pytest.warns(CacheEntryWarning):
-        assert store.checks() == []
-    stats = store.stats()
-    assert (stats.records, stats.foreign) == (2, 1)
-    store.put([planted])
-    assert store.get(planted.key) == planted
+    with pytest.raises(CorruptEntryError, match=r"pickled.*not read"):
+        store.get("value")
+    names = store.names()
+    assert names[:2] == ["sound", "value"]
+    assert len(names) == 3
+    with pytest.raises(CorruptEntryError, match=r"pickled.*not read"):
+        store.get(names[2])
+    assert store.get("sound") == b"1"
+    store.put({"value": b"2"})
+    assert store.get("value") == b"2"
     store.clear()
+    assert store.names() == []
     assert not marker.exists()
 
 
 def test_the_same_pickle_would_run_under_plain_diskcache(store: DiskStore, tmp_path: Path) -> None:
-    plant(store, "record:x", pickle.dumps(Bomb(tmp_path / "ran")), mode=4)
+    plant(store, "record/x", pickle.dumps(Bomb(tmp_path / "ran")), mode=4)
     with closing(diskcache.Cache(str(store.path))) as plain:
-        plain.get("record:x")
+        plain.get("record/x")
     assert (tmp_path / "ran").exists()
-
-
-def test_a_planted_pickle_is_a_reported_miss_for_the_client(tmp_path: Path) -> None:
-    with client(tmp_path / "cache") as asking:
-        first = asking.complete("Hello", max_new_tokens=1)
-        store = DiskStore(asking.store.path)
-        replace(store, first.key, pickle.dumps(Bomb(tmp_path / "ran")), mode=4)
-        store.close()
-        with pytest.warns(CacheEntryWarning, match="pickled"):
-            again = asking.complete("Hello", max_new_tokens=1)
-        assert (again.cached, again.token_ids) == (False, first.token_ids)
-        assert asking.complete("Hello", max_new_tokens=1).cached
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("key", "value"), [(5, b"x"), (("a",), b"x"), ("a", "text"), ("a", 5), ("a", None)])
@@ -247,48 +160,89 @@ def test_nothing_but_text_and_bytes_is_written(key: Any, value: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("value", "mode", "why"),
     [
-        (b"", 1, "not a stablegen record"),
-        (b"other bytes" * 20, 1, "not a stablegen record"),
-        (encode(made(1))[:-1], 1, "digest"),
-        (encode(made(2)), 1, made(2).key),
         ("text", 3, "foreign kind"),
+        (None, 3, "foreign kind"),
+        (b"x", 9, "foreign kind"),
         (12, 1, "not bytes"),
-        (encode(made(1))[:5] + bytes([SCHEMA + 1]) + encode(made(1))[6:], 1, f"schema {SCHEMA + 1}"),
+        ("text", 1, "not bytes"),
     ],
-    ids=["empty", "foreign", "cut", "another's", "text", "number", "newer"],
 )
-def test_a_damaged_entry_is_a_reported_miss(value: Any, mode: int, why: str, store: DiskStore) -> None:
-    store.put([made(1), made(3)])
-    replace(store, made(1).key, value, mode=mode)
-    with pytest.warns(CacheEntryWarning, match=f"{made(1).key}.*ignored.*{why}"):
-        assert store.get(made(1).key) is None
-    with pytest.warns(CacheEntryWarning):
-        assert list(store.records()) == [made(3)]
+def test_a_value_of_another_kind_is_corrupt(value: Any, mode: int, why: str, store: DiskStore) -> None:
+    store.put({"a": b"1", "b": b"2"})
+    replace(store, "a", value, mode=mode)
+    with pytest.raises(CorruptEntryError, match=why):
+        store.get("a")
+    assert store.get("b") == b"2"
+    assert store.names() == ["a", "b"]
 
 
-def test_a_lost_file_is_a_reported_miss(store: DiskStore) -> None:
-    large = record(margins=[1.0] * 3000)  # diskcache keeps values of this size in files
-    store.put([large])
+def test_text_that_cannot_be_decoded_is_corrupt(store: DiskStore) -> None:
+    store.put({"a": b"1"})
+    sql(store, "UPDATE Cache SET value = CAST(X'FF' AS TEXT) WHERE key = 'a'")
+    with pytest.raises(CorruptEntryError, match="cannot be decoded"):
+        store.get("a")
+
+
+def test_keys_that_cannot_be_read_are_listed_under_other_names(store: DiskStore) -> None:
+    store.put({"record/1": b"x"})
+    for key, raw in ((b"record/2", 1), (7, 1), (2.5, 1), (b"pickled", 0), ("record/3", 0)):
+        plant(store, key, b"x", raw=raw)
+    plant(store, "record/4", b"x")
+    sql(store, "UPDATE Cache SET key = CAST(X'7265636F72642FFF' AS TEXT) WHERE key = 'record/4'")  # record/ and FF
+    names = store.names()
+    assert names[0] == "record/1"
+    assert len(set(names)) == 7
+    assert store.names("record/") == ["record/1"]
+    unreadable = names[1:]
+    for name in unreadable:
+        assert name.startswith("unreadable:")
+        with pytest.raises(CorruptEntryError, match="not text"):
+            store.get(name)
+    store.clear()
+    assert store.names() == []
+    assert store.get(unreadable[0]) is None
+
+
+def test_a_lost_file_is_corrupt(store: DiskStore) -> None:
+    store.put({"a": LARGE})
     (file,) = store.path.rglob("*.val")
     file.unlink()
-    with pytest.warns(CacheEntryWarning, match=large.key):
-        assert store.get(large.key) is None
+    with pytest.raises(CorruptEntryError, match="file that held its bytes is gone"):
+        store.get("a")
+    store.put({"a": LARGE})
+    assert store.get("a") == LARGE
 
 
-def test_a_damaged_flag_or_check_is_reported(store: DiskStore) -> None:
-    plant(store, "flag:x", b"{}")
-    plant(store, "check:x", b"no json")
-    with pytest.warns(CacheEntryWarning, match="flag:x"):
-        assert store.flagged() == []
-    with pytest.warns(CacheEntryWarning, match="check:x"):
-        assert store.get_check("x") is None
+@pytest.mark.parametrize("make", [str, lambda path: os.path.relpath(path, path.parent / "cache")], ids=["full", "dots"])
+def test_a_file_elsewhere_is_neither_read_nor_removed(
+    make: Callable[[Path], str], store: DiskStore, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x")
+    assert (store.path / make(precious)).exists()
+    plant(store, "a", None, mode=2, file=make(precious))
+    with pytest.raises(CorruptEntryError, match="not the cache's"):
+        store.get("a")
+    store.put({"a": b"1"})
+    assert store.get("a") == b"1"
+    plant(store, "b", None, mode=2, file=make(precious))
+    store.clear()
+    assert precious.read_bytes() == b"x"
 
 
 def test_a_newer_cache_is_refused(store: DiskStore) -> None:
-    with closing(sqlite3.connect(store.path / "cache.db")) as connection:
-        connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    user_version(store, SCHEMA + 1)
     with pytest.raises(CacheSchemaError, match=f"schema {SCHEMA + 1}.*up to {SCHEMA}.*Upgrade stablegen"):
         DiskStore(store.path)
+
+
+def test_an_older_cache_is_opened_and_marked(store: DiskStore) -> None:
+    assert user_version(store) == SCHEMA
+    store.put({"record:1": b"x"})
+    user_version(store, SCHEMA - 1)
+    with closing(DiskStore(store.path)) as again:
+        assert again.names() == ["record:1"]
+    assert user_version(store) == SCHEMA
 
 
 # -- directories that cannot be used ---------------------------------------------------------------------------------
@@ -340,7 +294,7 @@ def test_a_read_only_database() -> None:
 def test_a_read_only_database_by_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # for those who do not run the tests as root, whom the system lets write to everything
     DiskStore(tmp_path).close()
-    monkeypatch.setattr(stablegen.store.disk.os, "access", lambda path, mode: not str(path).endswith("cache.db"))
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("cache.db"))
     with pytest.raises(CacheDirectoryError, match=r"cache\.db is read-only"):
         DiskStore(tmp_path)
 
@@ -353,10 +307,29 @@ def test_a_file_in_place_of_the_directory(inside: str, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x"
 
 
+def test_a_directory_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("x")
+    with pytest.raises(CacheDirectoryError, match="holds other files and no cache"):
+        DiskStore(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
+
+
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "cache.db").write_bytes(b"not SQLite" * 1000)
     with pytest.raises(CacheDirectoryError, match="not a database"):
         DiskStore(tmp_path)
+
+
+def test_a_database_that_breaks_later_is_a_named_error(store: DiskStore) -> None:
+    store.put({"a": b"1"})
+    with closing(sqlite3.connect(store.path / "cache.db")) as connection:
+        connection.execute("DROP TABLE Cache")
+    for action in (lambda: store.get("a"), store.names, lambda: store.names("a")):
+        with pytest.raises(CacheDirectoryError, match=r"cannot be read.*Move it away"):
+            action()
+    for action in (lambda: store.put({"a": b"1"}), store.clear):
+        with pytest.raises(CacheWriteError, match=str(store.path)):
+            action()
 
 
 # -- locks and full disks --------------------------------------------------------------------------------------------
@@ -379,84 +352,72 @@ def test_a_locked_database_is_tried_again(store: DiskStore) -> None:
     store._cache._con.execute("PRAGMA busy_timeout = 0")  # else SQLite waits by itself, and nothing is retried
     with locked(store, 0.7):
         started = time.monotonic()
-        store.put([made(1)])
+        store.put({"a": b"1", "b": LARGE})
         assert time.monotonic() - started > 0.5
-    assert store.get(made(1).key) == made(1)
+    assert (store.get("a"), store.get("b")) == (b"1", LARGE)
+    assert files(store) == [LARGE]
 
 
 def test_a_lock_does_not_keep_from_reading(store: DiskStore) -> None:
-    store.put([made(1)])
+    store.put({"a": b"1"})
     with locked(store, 0.3):
-        assert store.get(made(1).key) == made(1)
+        assert store.get("a") == b"1"
+        assert store.names() == ["a"]
 
 
 def test_a_database_that_stays_locked_is_a_write_error(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.stop_after_delay", lambda seconds: lambda state: state.attempt_number > 2)
     store._cache._con.execute("PRAGMA busy_timeout = 0")
-    with locked(store, 0.5), pytest.raises(CacheWriteError, match="could not be written"):
-        store.put([made(1)])
-    assert store.get(made(1).key) is None
+    with locked(store, 0.5):
+        with pytest.raises(CacheWriteError, match="1 entry could not be written"):
+            store.put({"a": b"1"})
+        with pytest.raises(CacheWriteError, match="could not be emptied"):
+            store.clear()
+    assert store.get("a") is None
 
 
 def test_several_processes_open_a_new_cache_at_once(tmp_path: Path) -> None:
     code = """
 import sys, time
-sys.path.insert(0, sys.argv[3])
 from pathlib import Path
-from support import record, request
 from stablegen.store.disk import DiskStore
 time.sleep(max(0, float(sys.argv[2]) - time.time()))
 store = DiskStore(Path(sys.argv[1]))
 for token in range(20):
-    store.put([record(request((int(sys.argv[4]), token)))])
+    store.put({f"record/{sys.argv[3]}/{token}": sys.argv[3].encode() * 500})
 """
-    start = time.time() + 1.5
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        code,
-        str(tmp_path / "cache"),
-        str(start),
-        str(Path(__file__).parents[1]),
-    ]
+    start = time.time() + 1.0
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "cache"), str(start)]
     running = [subprocess.Popen([*command, str(number)], stderr=subprocess.PIPE, text=True) for number in range(3)]
     assert [(process.communicate(timeout=60)[1], process.returncode) for process in running] == [("", 0)] * 3
     with closing(DiskStore(tmp_path / "cache")) as store:
-        assert store.stats().records == len(list(store.records())) == 60
-
-
-def fill(store: DiskStore, *, spare: int = 0) -> None:
-    """Let the database grow by ``spare`` pages of 4 KB and no further, as on a full disk."""
-    (pages,) = store._cache._sql("PRAGMA page_count").fetchone()
-    assert store._cache._sql(f"PRAGMA max_page_count = {pages + spare}").fetchone() == (pages + spare,)
+        for number in range(3):
+            names = store.names(f"record/{number}/")
+            assert names == [f"record/{number}/{token}" for token in range(20)]
+            assert {store.get(name) for name in names} == {str(number).encode() * 500}
 
 
 def test_a_full_disk_loses_nothing_stored_before(store: DiskStore) -> None:
-    store.put([made(1)])
+    store.put({"small": b"1", "large": LARGE})
     fill(store, spare=5)
-    many = [record(request((2, token)), margins=[1.0] * 100) for token in range(20)]
+    many = {"small": b"2" * 9, "large": LARGE * 2, **{f"record/{token}": bytes(3000) for token in range(18)}}
     with pytest.raises(CacheWriteError, match=r"20 entries could not be written.*full.*Free disk space"):
         store.put(many)
-    assert list(store.records()) == [made(1)]  # all of a transaction or nothing
+    assert store.names() == ["small", "large"]  # all of a transaction or nothing
+    assert (store.get("small"), store.get("large")) == (b"1", LARGE)
+    assert files(store) == [LARGE]
     store._cache._sql("PRAGMA max_page_count = 100000")
     store.put(many)
-    assert len(store.keys()) == 21
+    assert len(store.names()) == 20
+    assert files(store) == [LARGE * 2]
 
 
-def test_a_full_disk_hands_out_what_was_computed(tmp_path: Path) -> None:
-    with client(tmp_path) as asking:
-        kept = asking.complete("Hello", max_new_tokens=1)
-        assert isinstance(asking.store, DiskStore)
-        fill(asking.store)
-        prompts = [f"{number} " * 300 for number in range(1, 9)]
-        with pytest.raises(CacheWriteError) as told:
-            asking.complete(["Hello", *prompts], max_new_tokens=1)
-        computed = told.value.completions
-        assert computed[0].key == kept.key
-        assert len(computed) > 1
-        assert all(len(completion.token_ids) == 1 for completion in computed)
-        assert asking.complete("Hello", max_new_tokens=1).cached
-        asking.store._cache._sql("PRAGMA max_page_count = 100000")
-        assert len(asking.complete(["Hello", *prompts], max_new_tokens=1)) == 9
+def test_a_full_disk_evicts_nothing_that_it_cannot_replace(tmp_path: Path) -> None:
+    with closing(DiskStore(tmp_path, size_limit=3 * len(LARGE))) as store:
+        store.put({"old": LARGE})
+        fill(store)
+        with pytest.raises(CacheWriteError):
+            store.put({"new": LARGE, "newer": LARGE, **{f"record/{token}": bytes(20_000) for token in range(9)}})
+        assert store.names() == ["old"]
+        assert store.get("old") == LARGE
+        assert files(store) == [LARGE]

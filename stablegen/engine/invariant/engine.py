@@ -1,11 +1,11 @@
-"""GPT-2 over the checkpoint's own weights, through batch-invariant kernels: the ``invariant`` policy.
+"""The batch-invariant engine: one model's own forward pass, through kernels in which no row sees the batch.
 
 Tokens of all requests are packed into one list; each carries its slot and absolute position, so prefill, a chunk of
 one, and decode are the same call. Nothing is padded, and no operation sees more of the batch than its own row, its
 own slot's keys and values, and their positions. The residual stream and the scores stay in float32.
 
-The device decides nothing and the host waits for nothing: each pass feeds its winners to the next by itself and logs
-them, the host reads the log some passes later.
+The host waits for nothing: each pass feeds its winners to the next by itself and logs them, the host reads the log some
+passes later.
 """
 
 from __future__ import annotations
@@ -15,34 +15,32 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from stablegen.core.numerics import Numerics
-from stablegen.core.policy import Batch, Limits
+from stablegen.core.policy import Batch, Limits, load_policy
 from stablegen.core.record import Composition
 from stablegen.core.request import Request
-from stablegen.core.trace import Trace
-from stablegen.engine.base import Answer, Generated, Listener, Observer, Stopper
-from stablegen.engine.cuda_graph import Recorder
-from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.kv_cache import KVCache
+from stablegen.engine.base import NO_ANSWERS, Answers, Engine, Generated, Listener, Observer, Stopper
+from stablegen.engine.compute import check_flags, closed_engine, raise_failed, release_memory
+from stablegen.engine.cuda_graph import Recorder, StreamOrder
+from stablegen.engine.invariant.model import Model
 from stablegen.engine.invariant.packed import PackedPasses
-from stablegen.engine.invariant.run import Run, trace_of, wants_scores
+from stablegen.engine.invariant.run import Memory, Run, Tools, trace_of, wants_scores
 from stablegen.engine.invariant.scheduler import Row, Scheduler, Task
 from stablegen.engine.invariant.steps import Steps
-from stablegen.engine.sampling import Selector
+from stablegen.engine.sampling import GraphedSampler
 from stablegen.engine.stopping import stopper_for
-from stablegen.engine.transformers.decode import check_flags, raise_failed
-from stablegen.errors import DeviceMemoryError, EngineError
-from stablegen.kernels.base import PAGE, Linear, Norm
+from stablegen.errors import DeviceMemoryError, EngineError, TeacherForcingError
+from stablegen.kernels.base import PAGE
 from stablegen.tokenizer import Tokenizer
 
 CHUNK = {"cuda": 4096, "cpu": 2048}
 """Tokens of one pass at most, by device: longer prefills are cut, which moves no bit."""
 CHOICES = {"cuda": 4096, "cpu": 128}
-"""Scores of one pass at most, by device, rows of the vocabulary's size."""
+"""Score rows of one pass at most, by device."""
 MAX_ROWS = {"cuda": 256, "cpu": 16}
 """Requests that run at once at most, by device."""
 DEFAULT_KV_CACHE = {"cuda": 2 * 2**30, "cpu": 2**30}
@@ -51,16 +49,16 @@ DEFAULT_KV_CACHE = {"cuda": 2 * 2**30, "cpu": 2**30}
 _log = logging.getLogger(__name__)
 
 
-class GPT2Engine:
-    """Runs batches of any composition through ``GPT2``; one row's bits never depend on another's.
+class InvariantEngine(Engine):
+    """Runs batches of any composition through a ``Model``; one row's bits never depend on another's.
 
     ``max_rows``: requests that run at once at most. ``chunk``: tokens of one pass at most. ``kv_cache_size``: the
-    bound on keys and values. ``graphs``: whether passes are recorded. None of them moves a bit.
+    bytes of keys and values at most. ``graphs``: whether passes are recorded. None of them moves a bit.
     """
 
     def __init__(
         self,
-        model: GPT2,
+        model: Model,
         numerics: Numerics,
         *,
         max_rows: int | None = None,
@@ -70,40 +68,36 @@ class GPT2Engine:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         kind = model.device.type
-        self.model = model
         self.numerics = numerics
         self.max_rows = max_rows or MAX_ROWS[kind]
-        self.limits = Limits(context=model.context)
         self.chunk = chunk or CHUNK[kind]
         self.choices = max(CHOICES[kind], self.max_rows)
         self.kv_cache_size = kv_cache_size or DEFAULT_KV_CACHE[kind]
         self.graphs = graphs
         self.tokenizer = tokenizer or Tokenizer.absent()
-        self.selector = Selector(model.device, graphs=graphs)
+        self.limits = Limits(
+            context=model.context,
+            # kernels measured under a policy that promises nothing, the vendor's, promise this neither
+            prefill_equals_decode=load_policy(numerics.policy).promises,
+            rows=self.max_rows,
+        )
+        self.sampler = GraphedSampler(model.device, graphs=graphs)
+        self._model: Model | None = model
         self._lock = threading.RLock()
         self._running = False
         self._memory: Memory | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._order = StreamOrder(model.device)
 
-    def order_after_last(self) -> None:
-        """Let the current stream wait for what this engine has under way on the one it was on before."""
-        if self.model.device.type != "cuda":
-            return
-        current, last = torch.cuda.current_stream(self.model.device), self._stream
-        if last is not None and last != current:
-            current.wait_stream(last)
-        self._stream = current
+    @property
+    def model(self) -> Model:
+        """Return the model; raise ``EngineError`` where the engine was closed."""
+        if self._model is None:
+            raise closed_engine()
+        return self._model
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of the weights and of the KV cache."""
-        held = {
-            tensor.data_ptr(): tensor.numel() * tensor.element_size()
-            for part in (self.model.layers, [self.model])
-            for owner in part
-            for tensor in _tensors(owner)
-        }
-        cache = self._reserve().cache
-        return {"weights": sum(held.values()), "kv_cache": cache.bytes}
+        return {"weights": self.model.weight_bytes(), "kv_cache": self._reserve().cache.bytes}
 
     def forget(self) -> None:
         """Let later requests share nothing that earlier ones computed, which moves no bit."""
@@ -112,42 +106,62 @@ class GPT2Engine:
                 self._memory.cache.forget()
 
     def generate(
-        self, batch: Batch, observe: Observer | None = None, listen: Listener | None = None
+        self,
+        batch: Batch,
+        observe: Observer | None = None,
+        listen: Listener | None = None,
+        *,
+        begun: Answers = NO_ANSWERS,
     ) -> Generator[Generated, None, None]:
         """Yield each request of the batch as it finishes.
 
         Where the device's memory does not suffice, fewer rows and shorter chunks run at once; no answer changes by it.
-        Raises ``NumericsChangedError`` where torch's precision flags are no longer those of ``numerics``,
-        ``DeviceMemoryError`` where not even one row fits.
+        At the steps of what is ``begun`` only keys and values are computed. Raises ``NumericsChangedError`` where
+        torch's precision flags are no longer those of ``numerics``, ``DeviceMemoryError`` where not even one row fits,
+        ``TeacherForcingError`` where answers are begun and the kernels do not promise that prefill equals decode.
         """
-        tasks = [Task(slot, request, request.continuation) for slot, request in batch.requests]
-        return self._generate(tasks, len(batch.rows), observe, listen)
+        if begun and not self.limits.prefill_equals_decode:
+            raise TeacherForcingError(
+                f"policy {self.numerics.policy!r} promises nothing, so it cannot go on from answers that are begun",
+                accepted="engines whose limits say prefill_equals_decode",
+                hint="Generate these answers from their beginning",
+            )
+        tasks = [
+            Task(slot, request, request.continuation, () if request.continuation else tuple(begun.get(request, ())))
+            for slot, request in batch.requests
+        ]
+        return self._generate(batch, tasks, observe, listen)
 
-    def resume(self, begun: Sequence[Answer]) -> Generator[Generated, None, None]:
-        """Yield what follows the beginnings of answers, at whose steps nothing is computed but keys and values."""
-        tasks = [Task(place, request, begun=tokens) for place, (request, tokens) in enumerate(begun)]
-        return self._generate(tasks, len(tasks))
-
-    def force(
-        self, answers: Sequence[Answer], observe: Observer | None = None
-    ) -> Generator[tuple[int, Trace], None, None]:
-        """Yield what decoding would choose at each step of each answer, with its place, if it were right up to there.
+    def follow(
+        self, batch: Batch, answers: Answers, observe: Observer | None = None
+    ) -> Generator[Generated, None, None]:
+        """Teacher-force: yield the requests of a batch, each with what would be chosen at each step of its answer.
 
         An answer's tokens are computed with its prompt, all at once, and that gives the very scores that decoding them
         one by one would. So an answer whose tokens are chosen again is what a fresh run gives; of any other, the steps
         up to the first that differs are a fresh run's, and that one's token is how it goes on. Raises as ``generate``.
         """
-        tasks = [Task(place, *answer) for place, answer in enumerate(answers)]
-        with closing(self._run(tasks, observe)) as rows:
-            for row in rows:
-                yield row.slot, trace_of(row)
+        tasks = [Task(slot, request, tuple(answers.get(request, ()))) for slot, request in batch.requests]
+        return self._generate(batch, tasks, observe, None)
 
-    def stopper(self, request: Request) -> Stopper | None:
-        """Return what ends a request's answer besides its end tokens and its length; None where nothing does."""
-        return stopper_for(request, self.tokenizer)
+    def close(self) -> None:
+        """Release the weights, the KV cache and the graphs; a closed engine raises ``EngineError``.
+
+        What a batch still holds that is under way is released with the batch.
+        """
+        model, self._model = self._model, None
+        if model is None:
+            return
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # graphs that are released must not be running
+        self._memory = None
+        self.sampler.close()
+        device = model.device
+        del model
+        release_memory(device)
 
     def _generate(
-        self, tasks: Sequence[Task], rows: int, observe: Observer | None = None, listen: Listener | None = None
+        self, batch: Batch, tasks: Sequence[Task], observe: Observer | None, listen: Listener | None
     ) -> Generator[Generated, None, None]:
         started = time.perf_counter()
         with closing(self._run(tasks, observe, listen)) as finished:
@@ -155,9 +169,9 @@ class GPT2Engine:
                 assert row.finish_reason is not None
                 logprobs = tuple(torch.cat(row.logprobs).tolist()) if row.logprobs else ()
                 assert len(logprobs) == len(row.request.continuation)
-                where = Composition(rows, len(tasks), row.slot)
+                composition = Composition(len(batch.rows), len(tasks), row.slot, batch.shape)
                 seconds = time.perf_counter() - started
-                yield Generated(row.request, trace_of(row), row.finish_reason, where, seconds, logprobs)
+                yield Generated(row.request, trace_of(row), row.finish_reason, composition, seconds, logprobs)
 
     def _run(
         self, tasks: Iterable[Task], observe: Observer | None = None, listen: Listener | None = None
@@ -189,14 +203,10 @@ class GPT2Engine:
                         f"{task.positions} positions do not fit into a KV cache of {cache.bytes / 2**20:.0f} MiB",
                         hint="Raise kv_cache_size, ask for fewer new tokens, or use a 16-bit dtype",
                     )
-            run = Run(
-                self,
-                # a pass that shows its scores logs where the others do
-                Scheduler(tasks.values(), cache, chunk=self.chunk, choices=cache.slots if shown else self.choices),
-                memory,
-                observe,
-                listen,
-            )
+            # a pass that shows its scores logs where the others do
+            choices = cache.slots if shown else self.choices
+            scheduler = Scheduler(tasks.values(), cache, chunk=self.chunk, choices=choices)
+            run = Run(self._tools(), scheduler, memory, observe, listen)
             try:
                 for row in run:
                     del tasks[row.slot]
@@ -214,13 +224,19 @@ class GPT2Engine:
             finally:
                 run.close()
             if lacking is not None:
-                del run, cache, memory
+                del run, scheduler, cache, memory
                 self._shrink(lacking)
         raise_failed(failed)
 
+    def _tools(self) -> Tools:
+        return Tools(self.model, self.sampler, self.numerics.threads, self._order, self._stopper)
+
+    def _stopper(self, request: Request) -> Stopper | None:
+        return stopper_for(request, self.tokenizer)
+
     def _reserve(self) -> Memory:
         """Return the KV cache and the passes over it; halve the rows until they fit."""
-        self.order_after_last()
+        self._order.wait_for_last()
         while self._memory is None:
             model = self.model
             per_slot = -(-model.context // PAGE)
@@ -252,25 +268,7 @@ class GPT2Engine:
         self.max_rows = max(1, self.max_rows // 2)
         self.chunk = max(PAGE, self.chunk // 2)
         self.kv_cache_size = max(self.kv_cache_size // 2, self.model.kv_cache_bytes_per_page())
+        self.limits = replace(self.limits, rows=self.max_rows)
         _log.warning("out of memory: going on with %d rows at once, %d tokens a pass", self.max_rows, self.chunk)
         self._memory = None
         torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What an engine allocates once: the KV cache, and the passes that work on it."""
-
-    cache: KVCache
-    steps: Steps
-    packed: PackedPasses
-
-
-def _tensors(owner: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors that an object of the model holds."""
-    names = getattr(owner, "__slots__", None) or vars(owner)
-    for value in (getattr(owner, name) for name in names):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, Linear | Norm):
-            yield from _tensors(value)

@@ -1,7 +1,7 @@
-"""The paged KV cache: allocated once, bounded, its pages shared by requests whose prompts begin alike.
+"""The paged KV cache: allocated once, bounded, its pages shared by requests whose prompts have a common prefix.
 
 A page holds ``PAGE`` positions of every layer and head. A full page of a prompt is known by the tokens up to its end,
-so a later request that begins alike takes it as it is: under batch-invariant kernels it holds the very bits that
+and a later request with the same prefix uses it as it is: under batch-invariant kernels it holds the very bits that
 computing it again would give.
 """
 
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stablegen.kernels.base import LOG_WIDTH, PAGE
+from stablegen.kernels import log
+from stablegen.kernels.base import PAGE
 
 TICKS = 64
 """Passes whose log is kept on the device; the host reads it sooner."""
@@ -24,7 +25,7 @@ _Prefix = tuple[int, ...]
 
 @dataclass(slots=True)
 class Lease:
-    """The pages of one request, in the order of its positions; ``shared`` positions are computed already."""
+    """One request's slot and pages, in the order of its positions; ``shared`` positions are computed already."""
 
     slot: int
     pages: list[int]
@@ -60,7 +61,7 @@ class KVCache:
         self.table = torch.zeros(slots + 1, per_slot, dtype=torch.int32, device=device)
         self.newest = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(slots + 1, dtype=torch.int32, device=device)
-        self.log = torch.zeros(TICKS, slots, LOG_WIDTH, dtype=torch.int32, device=device)
+        self.log = torch.zeros(TICKS, slots, log.WIDTH, dtype=torch.int32, device=device)
         self.pages = pages
         self.slots = slots
         self.spare = slots
@@ -110,7 +111,7 @@ class KVCache:
         for page, prefix in zip(pages[len(shared) : full], prefixes[len(shared) :], strict=True):
             if prefix in self._known:
                 continue  # computed again, for its scores
-            # whoever comes later in the same pass finds the page written before it is read
+            # a request that comes later in the same pass finds the page written before it is read
             self._known[prefix] = page
             self._names[page] = prefix
         self._rows[slot].zero_()
@@ -119,8 +120,11 @@ class KVCache:
         return Lease(slot, pages, len(shared) * PAGE, prefixes)
 
     def release(self, lease: Lease, *, forget: bool = False) -> None:
-        """Give a request's slot and pages back; known pages stay for others, unless they were never filled."""
-        for page in reversed(lease.pages):  # the end is evicted first: without the beginning nobody finds it
+        """Take a request's slot and pages back; known pages stay for others.
+
+        With ``forget`` they do not: they were never filled.
+        """
+        for page in reversed(lease.pages):  # the end is evicted first: without the beginning it cannot be found
             self._users[page] -= 1
             if forget:
                 self._forget(page)
@@ -132,16 +136,16 @@ class KVCache:
         self._free_slots.append(lease.slot)
 
     def forget(self) -> None:
-        """Let no later request share pages that nobody holds any more."""
+        """Let no later request share pages that are not in use any more."""
         for page in self._idle:
             self._forget(page)
             self._free.append(page)
         self._idle.clear()
 
-    def logging_to(self, log: torch.Tensor) -> KVCache:
+    def logging_to(self, other: torch.Tensor) -> KVCache:
         """Return this very memory with another log, for one pass; pages are leased from this cache alone."""
         view = copy(self)
-        view.log = log
+        view.log = other
         return view
 
     def upload(self) -> None:

@@ -1,7 +1,7 @@
-"""Passes in which some rows compute tokens they are given: one packed list of all tokens, whoever they belong to.
+"""Passes in which some rows compute tokens they are given: the tokens of all rows packed into one list.
 
-A pass is recorded as a CUDA graph when one of its size comes again. Tokens that fill a recorded size up work for the
-spare slot, tiles hold no token, choices repeat one that is wanted: no row's bits depend on any of them.
+A pass is recorded as a CUDA graph when one of its size comes again. What fills a recorded size up moves no row's bits:
+tokens of the spare slot, tiles of no token, choices made twice.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.invariant.kv_cache import KVCache, copy_in
+from stablegen.engine.invariant.model import Model
 from stablegen.engine.invariant.scheduler import Piece
 from stablegen.engine.invariant.steps import buckets
-from stablegen.kernels.base import LOG_WIDTH, Rows, Spans
-
-if TYPE_CHECKING:
-    from stablegen.engine.invariant.architectures.gpt2 import GPT2
+from stablegen.kernels import log
+from stablegen.kernels.base import Rows, Spans
 
 RECORDED_SIZES = 32
-"""Recorded passes at most; the longest unused makes way."""
+"""Graphs kept at most; the one unused for longest makes way."""
 
 _Size = tuple[int, int, int]
 """Tokens, tiles, choices."""
@@ -73,11 +72,11 @@ class Packed:
         tiles = size[1] - len(self.first)
         self.first += [0] * tiles
         self.counts += [0] * tiles  # of no token
-        self.last += self.last[-1:] * (size[2] - len(self.last))  # chosen twice, the same is written twice
+        self.last += self.last[-1:] * (size[2] - len(self.last))  # made twice, a choice is written twice
         assert self.size == size, (self.size, size)
 
     def control(self, tick: int) -> torch.Tensor:
-        """Return what the device has to be told, in one tensor [3 T + 2 Q + 2 R] int32."""
+        """Return what the device reads of a pass, in one tensor [3 T + 2 Q + 2 R] int32."""
         parts = (self.tokens, self.slots, self.positions, self.first, self.counts, self.last, [tick] * len(self.last))
         return torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts]))
 
@@ -93,10 +92,10 @@ class Packed:
 
 
 class _Key(NamedTuple):
-    """What passes have in common that one graph replays."""
+    """The key of a graph: passes with equal keys can be replayed by it."""
 
     size: _Size
-    alike: Spans
+    spans: Spans
     vocabulary: int | None
 
 
@@ -112,13 +111,13 @@ class _Recorded:
 class PackedPasses:
     """Runs packed passes: replayed where one of their size was recorded, launched one by one where not."""
 
-    def __init__(self, model: GPT2, cache: KVCache, recorder: Recorder, *, choices: int) -> None:
+    def __init__(self, model: Model, cache: KVCache, recorder: Recorder, *, choices: int) -> None:
         self._model = model
         self._cache = cache
         self._recorder = recorder
         self._buckets = (0, *buckets(cache.slots))
-        # [1, choices at most, LOG_WIDTH]: where a pass logs that chooses more tokens than the cache's log has rows
-        self.log = cache.log.new_zeros(1, _rounded(choices), LOG_WIDTH)
+        # [1, choices at most, WIDTH]: the log of passes that choose more tokens than the cache's log has rows
+        self.log = cache.log.new_zeros(1, _rounded(choices), log.WIDTH)
         self._wide = cache.logging_to(self.log)
         self._seen: set[_Key] = set()
         self._recorded: OrderedDict[_Key, _Recorded] = OrderedDict()
@@ -142,18 +141,18 @@ class PackedPasses:
         return self._forward(self._rows(control, packed.size, tuple(packed.spans)), vocabulary)
 
     def _key(self, packed: Packed, vocabulary: int | None) -> _Key | None:
-        """Return which graph a pass can be replayed by; None where it is launched."""
+        """Return the key of the graph that can replay a pass; None where the pass is launched kernel by kernel."""
         spans = tuple(packed.spans)
-        alike = self._model.kernels.alike(spans) if self._recorder.wanted else None
-        if alike is None:
+        key = self._model.kernels.graph_key(spans) if self._recorder.wanted else None
+        if key is None:
             return None
-        if alike:
-            return _Key(packed.size, alike, vocabulary)
+        if key:
+            return _Key(packed.size, key, vocabulary)
         tokens, tiles, choices = packed.size
         filled = _rounded(tokens)
         tiles += -(-(filled - tokens) // min(packed.tile, self._model.context))
         chosen = next((bucket for bucket in self._buckets if bucket >= choices), _rounded(choices))
-        return _Key((filled, 1 << (tiles - 1).bit_length(), chosen), alike, vocabulary)
+        return _Key((filled, 1 << (tiles - 1).bit_length(), chosen), key, vocabulary)
 
     def _graph(self, key: _Key) -> _Recorded | None:
         """Return the graph of a key, recorded at its second pass: the first compiles and loads what it launches."""
@@ -166,7 +165,7 @@ class PackedPasses:
             return None
         with torch.inference_mode(False):  # made in inference mode, it could not be written to in any other
             control = torch.zeros(_length(key.size), dtype=torch.int32, device=self._model.device)
-        rows = self._rows(control, key.size, key.alike)
+        rows = self._rows(control, key.size, key.spans)
         made = self._recorder.record(partial(self._forward, rows, key.vocabulary))
         if made is None:
             return None
@@ -197,5 +196,5 @@ def _rounded(count: int) -> int:
 
 
 def _length(size: _Size) -> int:
-    """Return how many numbers tell the device of a pass."""
+    """Return how many numbers the device reads of a pass."""
     return 3 * size[0] + 2 * size[1] + 2 * size[2]

@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from stablegen.core.request import Request
 from stablegen.core.trace import Trace
 from stablegen.engine.base import Listener, Observer, Stopper
-from stablegen.engine.invariant.kv_cache import TICKS
+from stablegen.engine.compute import computing, cpu_threads
+from stablegen.engine.cuda_graph import StreamOrder
+from stablegen.engine.invariant.kv_cache import TICKS, KVCache
+from stablegen.engine.invariant.model import Model
+from stablegen.engine.invariant.packed import PackedPasses
 from stablegen.engine.invariant.scheduler import Piece, Row, Scheduler, Task
-from stablegen.engine.sampling import Chooser, upload
-from stablegen.engine.transformers.decode import computing, cpu_threads
-from stablegen.kernels.base import LOG_WIDTH
-from stablegen.kernels.reference import log_probs, words_of
-
-if TYPE_CHECKING:
-    from stablegen.engine.invariant.engine import GPT2Engine, Memory
+from stablegen.engine.invariant.steps import Steps
+from stablegen.engine.sampling import GraphedSampler, TokenSampler, upload
+from stablegen.kernels import log
+from stablegen.kernels.reference import log_probs
 
 READ_EVERY = 8
-"""Passes between two looks at the log."""
+"""Passes after which the log is fetched."""
 UNREAD = 3
-"""Looks that may be under way before the host waits for the first of them."""
+"""Fetches that may be under way before the host waits for the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """A part of the log on its way to the host: ``words`` [passes, choices, LOG_WIDTH], and what chose in each pass."""
+class Memory:
+    """What an engine allocates once: the KV cache, and the passes that work on it."""
+
+    cache: KVCache
+    steps: Steps
+    packed: PackedPasses
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every batch of an engine runs with: its model and sampler, and a CPU's threads.
+
+    ``order`` puts work on several streams in order; ``stopper_of`` makes what ends a request's answer besides its end
+    tokens and its length.
+    """
+
+    model: Model
+    sampler: GraphedSampler
+    threads: int | None
+    order: StreamOrder
+    stopper_of: Callable[[Request], Stopper | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingLog:
+    """A part of the log on its way to the host: ``words`` [passes, choices, WIDTH], and what chose in each pass."""
 
     words: torch.Tensor
     chosen: list[list[Piece]]
@@ -51,47 +76,47 @@ class Run:
 
     def __init__(
         self,
-        engine: GPT2Engine,
+        tools: Tools,
         scheduler: Scheduler,
         memory: Memory,
         observe: Observer | None,
         listen: Listener | None,
     ) -> None:
-        self._engine = engine
-        self._model = engine.model
+        self._tools = tools
+        self._model = tools.model
         self._scheduler = scheduler
         self._cache = memory.cache
         self._steps = memory.steps
         self._packed = memory.packed
         self._observe = observe
         self._listen = listen
-        self._choosers: dict[int, Chooser] = {}
+        self._samplers: dict[int, TokenSampler] = {}
         self._stoppers: dict[int, Stopper | None] = {}
         self._tick = 0
-        self._unread: list[list[Piece]] = []  # of each pass whose log was not sent for, what chose
-        self._looks: deque[_Look] = deque()
+        self._logged: list[list[Piece]] = []  # what chose in each pass whose log was not fetched yet
+        self._pending: deque[_PendingLog] = deque()
         self._steps.forget()
 
     def __iter__(self) -> Iterator[Row]:
         """Yield rows as they are read to their end."""
         scheduler = self._scheduler
-        while scheduler.busy or self._unread or self._looks:
-            self._engine.order_after_last()
-            with computing(self._model.device), cpu_threads(self._engine.numerics.threads):
+        while scheduler.busy or self._logged or self._pending:
+            self._tools.order.wait_for_last()
+            with computing(self._model.device), cpu_threads(self._tools.threads):
                 if scheduler.busy:
                     scheduler.admit()
                     self._advance()
-                if len(self._unread) >= (1 if self._observe else READ_EVERY) or not scheduler.busy:
-                    self._look()
-            while self._looks and (len(self._looks) > UNREAD or not scheduler.busy or self._looks[0].arrived()):
-                yield from self._settle(self._looks.popleft())
+                if len(self._logged) >= (1 if self._observe else READ_EVERY) or not scheduler.busy:
+                    self._fetch_log()
+            while self._pending and (len(self._pending) > UNREAD or not scheduler.busy or self._pending[0].arrived()):
+                yield from self._read(self._pending.popleft())
 
     def close(self) -> None:
         """Give back what rows hold that have not finished."""
         self._scheduler.close()
 
     def _advance(self) -> None:
-        """Run the next pass, as often as it may repeat before the log is looked at."""
+        """Run the next pass, as often as it may repeat before the log is fetched."""
         self._cache.upload()
         pieces, times = self._scheduler.compose()
         chosen = [piece for piece in pieces if piece.choices]
@@ -99,7 +124,7 @@ class Run:
         vocabulary = self._model.vocabulary if shown else None
         if _width(chosen) > self._cache.slots:
             assert not shown, "a pass that shows its scores logs where the others do"
-            self._wide(pieces, chosen)
+            self._run_wide(pieces, chosen)
             self._scheduler.count(pieces, 1)
             return
         if any(piece.start >= 0 for piece in pieces):
@@ -107,20 +132,20 @@ class Run:
             scores = self._packed.run(pieces, self._tick, vocabulary)
             self._steps.forget()
         else:
-            times = 1 if shown else min(times, READ_EVERY - len(self._unread))
+            times = 1 if shown else min(times, READ_EVERY - len(self._logged))
             slots = tuple(piece.row.lease.slot for piece in chosen)
             for i in range(times):
                 scores = self._steps.run(slots, self._tick + i, vocabulary)
         if shown and scores is not None:
-            self._look_at(scores, chosen)
+            self._consume_scores(scores, chosen)
         self._scheduler.count(pieces, times)
         if chosen:
-            self._unread += [chosen] * times
+            self._logged += [chosen] * times
             self._tick += times
 
-    def _look_at(self, scores: torch.Tensor, chosen: list[Piece]) -> None:
-        """Do what the pass's score rows [R, V] are wanted for: be observed, score continuations, choose tokens."""
-        choosers: list[Chooser] = []
+    def _consume_scores(self, scores: torch.Tensor, chosen: list[Piece]) -> None:
+        """Use the pass's score rows [R, V]: show them to the observer, score continuations, sample tokens."""
+        samplers: list[TokenSampler] = []
         steps: list[int] = []
         places: list[int] = []
         fed: list[int] = []  # of the places, those whose token is the slot's newest
@@ -130,56 +155,56 @@ class Run:
             row, request, own = piece.row, piece.row.request, scores[first : first + piece.choices]
             if self._observe is not None:
                 for row_scores in own:
-                    self._observe(row.slot, row_scores)
+                    self._observe(request, row_scores)
             if request.continuation:
                 tokens = request.continuation[row.scheduled : row.scheduled + piece.choices]
                 row.logprobs.append(log_probs(own, upload(tokens, scores.device)))
             elif request.params.processed:
-                if row.slot not in self._choosers:
-                    self._choosers[row.slot] = Chooser(request, scores.device, row.task.answer, row.task.begun)
+                if row.slot not in self._samplers:
+                    self._samplers[row.slot] = TokenSampler(request, scores.device, row.task.answer, row.task.begun)
                 begun = len(row.task.begun) + row.scheduled
                 if not row.task.answer:
                     fed.append(len(places))
                     slots.append(row.lease.slot)
-                choosers += [self._choosers[row.slot]] * piece.choices
+                samplers += [self._samplers[row.slot]] * piece.choices
                 steps += range(begun, begun + piece.choices)
                 places += range(first, first + piece.choices)
             first += piece.choices
-        if choosers:
+        if samplers:
             at = upload(places, scores.device)
-            log = self._cache.log[self._tick % TICKS]
-            hashes = log[at, 4:6].contiguous().view(torch.int64)[:, 0]
-            best = self._engine.selector.choose(choosers, scores[at], steps, hashes)
-            log.index_copy_(0, at, words_of(best))
+            logged = self._cache.log[self._tick % TICKS]
+            hashes = log.unpack_hashes(logged[at])
+            summary = self._tools.sampler.sample(samplers, scores[at], steps, hashes)
+            logged.index_copy_(0, at, log.pack(summary))
             if fed:
-                newest = best.tokens[upload(fed, scores.device), 0]
+                newest = summary.tokens[upload(fed, scores.device), 0]
                 self._cache.newest.index_copy_(0, upload(slots, scores.device), newest.int())
 
-    def _wide(self, pieces: Sequence[Piece], chosen: list[Piece]) -> None:
+    def _run_wide(self, pieces: Sequence[Piece], chosen: list[Piece]) -> None:
         """Run a pass that chooses more tokens than the log has rows, and so logs elsewhere."""
-        self._look()  # what was chosen before is read before
+        self._fetch_log()  # of the passes before, which are read before this one
         self._packed.run(pieces, 0)
         self._steps.forget()
-        self._send(self._packed.log[:, : _width(chosen)], [chosen])
+        self._fetch(self._packed.log[:, : _width(chosen)], [chosen])
 
-    def _look(self) -> None:
-        """Send for what the passes since the last look have logged."""
-        count = len(self._unread)
+    def _fetch_log(self) -> None:
+        """Send for what was logged since the last fetch."""
+        count = len(self._logged)
         if not count:
             return
-        width = max(map(_width, self._unread))
+        width = max(map(_width, self._logged))
         first = (self._tick - count) % TICKS
-        log = self._cache.log[:, :width]
+        rows = self._cache.log[:, :width]
         part = (
-            log[first : first + count]
+            rows[first : first + count]
             if first + count <= TICKS
-            else torch.cat([log[first:], log[: first + count - TICKS]])
+            else torch.cat([rows[first:], rows[: first + count - TICKS]])
         )
-        self._send(part, self._unread)
-        self._unread = []
+        self._fetch(part, self._logged)
+        self._logged = []
 
-    def _send(self, part: torch.Tensor, chosen: list[list[Piece]]) -> None:
-        """Bring a part of a log to the host, when the device gets there."""
+    def _fetch(self, part: torch.Tensor, chosen: list[list[Piece]]) -> None:
+        """Send for a part of a log; it is copied to the host when the device gets there."""
         done = None
         if part.is_cuda:
             words = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
@@ -188,41 +213,39 @@ class Run:
             done.record()
         else:
             words = part.clone()
-        self._looks.append(_Look(words, chosen, done))
+        self._pending.append(_PendingLog(words, chosen, done))
 
-    def _settle(self, look: _Look) -> Iterator[Row]:
-        """Give the rows what was logged of them; yield those that end by it."""
-        words = look.wait()
+    def _read(self, pending: _PendingLog) -> Iterator[Row]:
+        """Give the rows what was logged of them; yield those that end with it."""
+        words = pending.wait()
         first = 0
-        for _, repeated in groupby(look.chosen, key=id):
+        for _, repeated in groupby(pending.chosen, key=id):
             chosen, *again = repeated
             logged = words[first : first + 1 + len(again), : _width(chosen)]  # other passes may be wider
             first += len(logged)
             ends = {token for piece in chosen for token in piece.row.ends}
-            notable = ((logged[..., 6] == 0) | np.isin(logged[..., 0], list(ends))).any()
+            may_end = ((logged[..., log.FINITE] == 0) | np.isin(logged[..., log.TOKEN], list(ends))).any()
             place = 0
             for piece in chosen:
-                row, own = (
-                    piece.row,
-                    logged[:, place : place + piece.choices],
-                )  # a pass that repeats has one choice a row
+                # a pass that repeats has one choice a row
+                row, own = piece.row, logged[:, place : place + piece.choices]
                 place += piece.choices
                 if row.finished:
                     continue
                 if row.slot not in self._stoppers:
-                    stops = None if row.task.answer else self._engine.stopper(row.request)
+                    stops = None if row.task.answer else self._tools.stopper_of(row.request)
                     self._stoppers[row.slot] = stops
-                ended = row.read(own.reshape(-1, LOG_WIDTH), notable, self._stoppers[row.slot])
+                ended = row.read(own.reshape(-1, log.WIDTH), may_end, self._stoppers[row.slot])
                 if self._listen is not None and not row.failed:
-                    heard = row.logged[-1][:, 0].tolist()
-                    self._listen(row.slot, row.steps - len(heard), heard)
+                    heard = row.logged[-1][:, log.TOKEN].tolist()
+                    self._listen(row.request, row.steps - len(heard), heard)
                 if ended:
                     self._scheduler.drop(row)
                     yield row
 
 
 def wants_scores(task: Task) -> bool:
-    """Return whether score rows are wanted of a task, to choose from or to score its continuation by."""
+    """Return whether a task needs score rows, to sample from or to score its continuation by."""
     return task.request.params.processed or bool(task.request.continuation)
 
 
@@ -232,6 +255,5 @@ def _width(chosen: Sequence[Piece]) -> int:
 
 
 def trace_of(row: Row) -> Trace:
-    """Return what was logged of a row as its trace, whose columns are the log's."""
-    words = np.concatenate(row.logged)
-    return Trace(b"".join(words[:, column].tobytes() for column in (0, 1, 2, 3, slice(4, 6))))
+    """Return what was logged of a row as its trace."""
+    return Trace(log.trace_bytes(np.concatenate(row.logged)))

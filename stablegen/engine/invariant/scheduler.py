@@ -1,4 +1,4 @@
-"""Continuous batching: which rows take part in the next pass; host logic alone, no tensor is touched.
+"""Continuous batching: which rows take part in the next pass. It is logic on the host; no tensor is touched.
 
 Tasks are admitted in order while slots and pages last. Rows whose given tokens are not computed yet take part with a
 chunk of them, all others with one token. A row leaves when its last step is scheduled, which its budget tells in
@@ -18,13 +18,15 @@ from stablegen.core.record import FinishReason
 from stablegen.core.request import Request
 from stablegen.engine.base import Stopper
 from stablegen.engine.invariant.kv_cache import KVCache, Lease
+from stablegen.kernels import log
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A request to be run; with ``answer``, token ids, what would be chosen at each step of that answer is wanted.
+    """A request to be run.
 
-    With ``begun``, token ids that its answer begins with, it is run from there on.
+    ``answer``: where it is teacher-forced, or has a continuation to score, the token ids at whose steps it is logged
+    what would be chosen. ``begun``: the token ids that its answer begins with; it is run from there on.
     """
 
     slot: int
@@ -63,9 +65,9 @@ class Row:
     computed: int
     """Positions whose keys and values are scheduled."""
     scheduled: int = 0
-    """Steps whose choice is scheduled."""
+    """Steps that are scheduled."""
     logged: list[np.ndarray] = field(default_factory=list)
-    """What was read of the log, in order: [N, LOG_WIDTH] each."""
+    """What was read of the log, in order: [N, WIDTH] int32 each, see ``kernels.log``."""
     steps: int = 0
     """Steps that were read."""
     finish_reason: FinishReason | None = None
@@ -89,7 +91,7 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Return whether nothing more is to be read of it."""
+        """Return whether it has ended or failed."""
         return self.failed or self.finish_reason is not None
 
     @property
@@ -100,24 +102,25 @@ class Row:
     @property
     def tokens(self) -> list[int]:
         """Return the token ids of its answer as far as they are known."""
-        return [*self.task.begun, *(int(token) for words in self.logged for token in words[:, 0])]
+        return [*self.task.begun, *(int(token) for words in self.logged for token in words[:, log.TOKEN])]
 
-    def read(self, words: np.ndarray, notable: bool = True, stops: Stopper | None = None) -> bool:
-        """Take the words [N, LOG_WIDTH] of its next steps from the log; return whether it ends with one of them.
+    def read(self, words: np.ndarray, may_end: bool = True, stops: Stopper | None = None) -> bool:
+        """Take the words [N, WIDTH] of its next steps from the log; return whether it ends with one of them.
 
-        ``notable``: whether any of them may tell of a failure or hold a token that ends an answer. ``stops``: what
-        may end it besides.
+        ``may_end``: whether any of them may report a failure or hold a token that ends an answer. ``stops``: what else
+        may end it.
         """
         tokens = [] if stops is None else self.tokens
-        if not notable and stops is None:
+        if not may_end and stops is None:
             words = words[: self.task.budget - self.steps]
             self._take(words)
             if self.steps == self.task.budget:
                 self.finish_reason = "length"
             return self.finished
-        for count, (token, *_, finite, _) in enumerate(words.tolist(), start=1):
+        for count, step in enumerate(words.tolist(), start=1):
+            token = step[log.TOKEN]
             tokens.append(token)
-            if not finite:
+            if not step[log.FINITE]:
                 self.failed = True
             elif token in self.ends or (stops is not None and stops(tokens)):
                 self.finish_reason = "stop"
@@ -139,7 +142,7 @@ class Row:
         return self.task.budget - self.scheduled
 
     @property
-    def wants(self) -> int:
+    def unscheduled(self) -> int:
         """Return how many of its given tokens are not scheduled yet."""
         return max(0, len(self.given) - self.computed)
 
@@ -147,24 +150,24 @@ class Row:
         """Return how many of its next tokens are followed by a step of its own."""
         return max(0, self.computed + count - max(self.computed, self.task.first))
 
-    def reach(self, count: int, choices: int) -> int:
-        """Return how many of its next tokens, ``count`` at most, are followed by so many steps at most."""
+    def fit(self, count: int, choices: int) -> int:
+        """Return how many of its next ``count`` tokens fit into a pass that has room for so many more ``choices``."""
         return count - max(0, self.choices(count) - choices)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one row contributes to a pass: ``count`` tokens from ``start``; or its newest token, with start -1."""
+    """What one row contributes to a pass: ``count`` of its given tokens from ``start`` on, or its newest token (-1)."""
 
     row: Row
     start: int
     count: int
     choices: int
-    """How many of its last tokens' scores are wanted."""
+    """For how many of its last tokens scores are computed, and a token chosen."""
 
 
 class Scheduler:
-    """Admits tasks and composes passes of at most ``chunk`` given tokens, which choose ``choices`` at most."""
+    """Admits tasks and composes passes of at most ``chunk`` given tokens and at most ``choices`` steps."""
 
     def __init__(self, tasks: Iterable[Task], cache: KVCache, *, chunk: int, choices: int | None = None) -> None:
         self._waiting = deque(tasks)
@@ -182,10 +185,10 @@ class Scheduler:
         """Let waiting tasks in, in order, while slots and pages last."""
         while self._waiting:
             task = self._waiting[0]
-            # scores are wanted from the prompt's last token on, so whatever follows it is computed
+            # scores are needed from the prompt's last token on, so everything that follows it is computed
             lease = self._cache.lease(task.given, task.positions, share=task.first)
             if lease is None:
-                assert self.running, "a request that can never fit is refused before"
+                assert self.running, "a request that can never fit was refused before"
                 return
             self._waiting.popleft()
             self.running.append(Row(task, lease, lease.shared))
@@ -198,13 +201,13 @@ class Scheduler:
         room, choices = self._chunk, self._choices
         pieces = []
         for row in self.running:
-            if row.wants == 0:
+            if row.unscheduled == 0:
                 pieces.append(Piece(row, -1, 1, choices=1))
         choices -= len(pieces)
         for row in self.running:
-            count = row.reach(min(row.wants, room), choices)
+            count = row.fit(min(row.unscheduled, room), choices)
             if count:
-                # whoever was admitted earlier computes first: a page shared with it is written when it is read
+                # rows admitted earlier compute first: a page shared with them is written before it is read
                 pieces.append(Piece(row, row.computed, count, row.choices(count)))
                 room -= count
                 choices -= pieces[-1].choices
@@ -213,7 +216,7 @@ class Scheduler:
         return pieces, min(row.left for row in self.running)
 
     def count(self, pieces: list[Piece], times: int) -> None:
-        """Take a pass as done so many times; rows leave whose last step that was."""
+        """Count a pass as run so many times; rows leave whose last step that was."""
         for piece in pieces:
             row = piece.row
             row.computed += piece.count * times
@@ -227,7 +230,7 @@ class Scheduler:
             self._leave(row)
 
     def close(self) -> None:
-        """Give everything back; prompts that were not computed are known to nobody."""
+        """Give everything back; prompts that were not computed are not shared."""
         for row in self.running:
             self._cache.release(row.lease, forget=True)
         self.running.clear()

@@ -1,18 +1,15 @@
-"""One-token passes: a CUDA graph a bucket of rows. Rows that fill a bucket up work for the spare slot."""
+"""One-token passes, with one CUDA graph for each bucket of rows; rows that fill a bucket up use the spare slot."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from stablegen.engine.cuda_graph import Recorder
 from stablegen.engine.invariant.kv_cache import KVCache, copy_in
+from stablegen.engine.invariant.model import Model
 from stablegen.kernels.base import Rows
-
-if TYPE_CHECKING:
-    from stablegen.engine.invariant.architectures.gpt2 import GPT2
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of a graph; each is recorded when it is first needed."""
@@ -24,11 +21,11 @@ def buckets(rows: int) -> tuple[int, ...]:
 
 
 class Steps:
-    """One-token passes over any rows: replayed where CUDA can record them, launched one by one where not."""
+    """Runs one-token passes over any rows: replayed where CUDA can record them, launched one by one where not."""
 
     def __init__(
         self,
-        model: GPT2,
+        model: Model,
         cache: KVCache,
         recorder: Recorder,
         *,
@@ -87,7 +84,7 @@ class Steps:
         """Record a bucket's graph, after a pass that compiles and loads what it launches."""
         self._current = None
         self._control[0, :size] = self._spare
-        self._control[1, :size] = tick  # the entry that is written next anyway
+        self._control[1, :size] = tick  # the entry that the next pass writes
         self._eager(size, vocabulary)
         made = self._recorder.record(partial(self._eager, size, vocabulary))
         if made is not None:

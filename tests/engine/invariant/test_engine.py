@@ -23,7 +23,7 @@ from stablegen.core.request import Request
 from stablegen.core.trace import Trace
 from stablegen.engine.base import Generated
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
-from stablegen.engine.invariant.engine import GPT2Engine
+from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.invariant.kv_cache import KVCache
 from stablegen.errors import DeviceMemoryError, EngineError, NonFiniteScoresError
 from stablegen.kernels.base import PAGE, Cache, Linear, Norm, Placed, Rows
@@ -82,11 +82,11 @@ def numerics() -> Numerics:
     return numerics_on(find_device("cpu", "float32"), load_policy("invariant"), "float32")
 
 
-def make_engine(**limits: int) -> tuple[GPT2Engine, Watched]:
+def make_engine(**limits: int) -> tuple[InvariantEngine, Watched]:
     """Return a new engine and the kernels that it runs on."""
     kernels = Watched()
     model = GPT2(*weights(), kernels, dtype=torch.float32, device=torch.device("cpu"))
-    return GPT2Engine(model, numerics(), **limits), kernels
+    return InvariantEngine(model, numerics(), **limits), kernels
 
 
 def prompt(seed: int, length: int) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def ending(request: Request, *tokens: int) -> Request:
     return Request(request.prompt_ids, params, request.model, request.tokenizer)
 
 
-def run(engine: GPT2Engine, requests: Sequence[Request]) -> dict[int, Generated]:
+def run(engine: InvariantEngine, requests: Sequence[Request]) -> dict[int, Generated]:
     """Return the answers of a batch by slot; each comes once."""
     done = list(engine.generate(Batch(tuple(requests))))
     answers = {generated.composition.slot: generated for generated in done}
@@ -128,7 +128,7 @@ def assert_as_alone(answers: dict[int, Generated], requests: Sequence[Request]) 
         assert answers[slot].finish_reason == expected.finish_reason
 
 
-def assert_all_free(engine: GPT2Engine) -> None:
+def assert_all_free(engine: InvariantEngine) -> None:
     kept = engine._reserve().cache
     assert sorted(kept._free_slots) == [*range(kept.slots)]
     assert kept._users == [0] * (kept.pages + 1)
@@ -194,7 +194,7 @@ class Replay:
         self.step()
 
 
-def let_record(engine: GPT2Engine) -> list[Replay]:
+def let_record(engine: InvariantEngine) -> list[Replay]:
     """Let a CPU's engine run as if its packed passes could be recorded; return what it records."""
     made: list[Replay] = []
 
@@ -458,7 +458,7 @@ def test_what_is_observed_is_not_run_twice(pool: list[Request]) -> None:
 # --- answers given beforehand -----------------------------------------------------------------------------------------
 
 
-def force(engine: GPT2Engine, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> dict[int, Trace]:
+def force(engine: InvariantEngine, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> dict[int, Trace]:
     found = list(engine.force(answers))
     assert len(dict(found)) == len(found)
     return dict(found)
@@ -521,7 +521,7 @@ def test_forcing_halves_and_goes_on_where_memory_is_short(pool: list[Request]) -
 # --- scores that are no numbers ---------------------------------------------------------------------------------------
 
 
-def damage(engine: GPT2Engine, position: int) -> None:
+def damage(engine: InvariantEngine, position: int) -> None:
     """Let all scores from a position on be NaN; weights that are NaN from the beginning are refused."""
     engine.model.position_embedding = engine.model.position_embedding.clone()  # the file's own are others' too
     engine.model.position_embedding[position:] = float("nan")

@@ -1,18 +1,40 @@
-"""GPT-2's forward pass through batch-invariant kernels."""
+"""GPT-2: which of its models the batch-invariant engine computes, and its forward pass.
+
+Torch is imported where a model is built, not before: a configuration is checked without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from stablegen.engine.invariant.architectures import check_invariant
-from stablegen.engine.invariant.kv_cache import KVCache
-from stablegen.engine.weights import check_finite
+from stablegen.core.config import is_count
+from stablegen.engine.invariant.architectures import Architecture, check_invariant, register_architecture
+from stablegen.engine.invariant.model import Model
 from stablegen.errors import CheckpointError
-from stablegen.kernels.base import PAGE, KernelSet, Linear, Norm, Rows
+from stablegen.kernels.base import Norm
+
+if TYPE_CHECKING:
+    import torch
+
+    from stablegen.engine.invariant.kv_cache import KVCache
+    from stablegen.kernels.base import KernelSet, Linear, Rows
+
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def problem(config: Mapping[str, Any]) -> str | None:
+    """Return why a GPT-2 cannot run, None where it can; raise ``CheckpointError`` for sizes that are no numbers."""
+    if config.get("activation_function", "gelu_new") not in _ACTIVATIONS:
+        return f"the model's activation is {config['activation_function']!r}, not one of {', '.join(_ACTIVATIONS)}"
+    if config.get("add_cross_attention"):
+        return "the model has cross-attention"
+    if odd := [name for name in ("n_embd", "n_head", "n_layer", "n_positions") if not is_count(config.get(name))]:
+        raise CheckpointError(
+            f"the model's config.json has no usable {', '.join(odd)}", accepted="whole numbers from 1"
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +48,7 @@ class _Layer:
     scale: float
 
 
-class GPT2:
+class GPT2(Model):
     """The forward pass; T packed tokens, E wide, H heads of D, V tokens in the vocabulary."""
 
     def __init__(
@@ -38,6 +60,8 @@ class GPT2:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        from stablegen.engine.weights import check_finite
+
         check_invariant(config)
         self.kernels = kernels
         self.dtype = dtype
@@ -87,6 +111,7 @@ class GPT2:
             )
             for i in range(int(config["n_layer"]))
         ]
+        self.layer_count = len(self.layers)
         self.final_norm = norm("ln_f")
         embedding = tensor(f"{prefix}wte.weight", vocabulary, width)
         self.token_embedding = kernels.prepare(embedding.t(), None)
@@ -95,24 +120,6 @@ class GPT2:
         self.head = self.token_embedding
         if untied:
             self.head = kernels.prepare(tensor("lm_head.weight", vocabulary, width).t(), None)
-
-    def kv_cache_bytes_per_page(self) -> int:
-        """Return the bytes that one page of keys and values takes over all layers."""
-        return 2 * len(self.layers) * self.heads * PAGE * self.size * self.dtype.itemsize
-
-    def new_cache(self, slots: int, pages: int) -> KVCache:
-        """Return an empty KV cache of so many pages, for so many requests at once."""
-        return KVCache(
-            len(self.layers),
-            self.heads,
-            self.size,
-            pages=pages,
-            slots=slots,
-            context=self.context,
-            dtype=self.dtype,
-            device=self.device,
-            paired=self.kernels.paired and self.dtype == torch.float32,
-        )
 
     def forward(self, rows: Rows, cache: KVCache, scores: torch.Tensor | None = None) -> None:
         """Run packed tokens; choose, log and remember the tokens that follow those of ``rows.last``.
@@ -125,7 +132,7 @@ class GPT2:
             final = index + 1 == len(layers)
             query = kernels.qkv(normed, layer.qkv, cache, index, rows, placed)
             if final and not len(rows.last):
-                return  # a chunk in the middle of prompts: nothing is wanted of it but its keys and values
+                return  # a chunk in the middle of prompts: only its keys and values are needed
             attended = kernels.attention(query, layer.qkv, cache, index, rows, placed, layer.scale)
             x, normed = kernels.add_norm(x, kernels.partial(attended, layer.projection), layer.projection, layer.norm_2)
             hidden = kernels.gelu(normed, layer.up)
@@ -133,3 +140,6 @@ class GPT2:
             select = rows.last if final else None
             x, normed = kernels.add_norm(x, kernels.partial(hidden, layer.down, layer.up), layer.down, after, select)
         kernels.choose(normed, self.head, rows, placed, cache, scores)
+
+
+register_architecture(Architecture("gpt2", "GPT-2", problem, GPT2))

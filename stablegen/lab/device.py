@@ -1,4 +1,4 @@
-"""The machine that an experiment runs on: what it is, what it has installed, and how to wait for its device."""
+"""Use the device of an experiment: what machine it is on, waiting for it, and its memory."""
 
 from __future__ import annotations
 
@@ -10,45 +10,16 @@ from pathlib import Path
 
 import torch
 
-from stablegen.core.frozen import Frozen
+from stablegen.lab.reports.machine import Machine
 from stablegen.machine.device import Device, cpu_model
 from stablegen.machine.plan import version_of
 
 UNKNOWN_MEMORY = 4 * 2**30
-"""Bytes that are reckoned with where the system does not say what it has."""
-
-
-class Machine(Frozen):
-    """Where it was measured; ``memory`` in bytes, ``threads`` torch's on the CPU."""
-
-    device: str
-    device_model: str
-    compute_capability: str | None
-    sm_count: int | None
-    memory: int | None
-    driver: str | None
-    cpu: str
-    threads: int
-    stablegen: str
-    python: str
-    torch: str
-    cuda: str | None
-    triton: str | None
-    transformers: str | None
-
-    def summary(self) -> str:
-        """Return device and versions in one line."""
-        versions = {
-            name: value
-            for name in ("driver", "cuda", "torch", "triton", "transformers", "python", "stablegen")
-            if (value := getattr(self, name)) is not None
-        }
-        where = self.device_model if self.device != "cpu" else f"{self.device_model}, threads {self.threads}"
-        return ", ".join([where, *(f"{name} {value}" for name, value in versions.items())])
+"""Bytes assumed to be free where the system does not say."""
 
 
 def machine_of(device: Device) -> Machine:
-    """Return what this machine is and has installed."""
+    """Return what this machine is and which versions it has installed."""
     import stablegen
 
     memory = torch.cuda.get_device_properties(device.name).total_memory if device.is_cuda else None
@@ -76,26 +47,26 @@ def _driver() -> str | None:
 
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
-    except Exception:  # NVML has an exception class for each thing that is amiss; the figures stand without it
+    except Exception:  # NVML has an exception class for each failure; the figures stand without the driver's version
         return None
     return version.decode() if isinstance(version, bytes) else str(version)
 
 
 def synchronise(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def free_memory(device: str) -> None:
-    """Give back to the device what nobody holds any more."""
+    """Return unused memory to the device."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
 
 
 def available_memory(device: str) -> int:
-    """Return the bytes that a device has to give; of a CPU where the system does not say, ``UNKNOWN_MEMORY``."""
+    """Return the free bytes of a device; ``UNKNOWN_MEMORY`` on a CPU whose system does not say."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     with suppress(OSError):

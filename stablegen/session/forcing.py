@@ -1,0 +1,155 @@
+"""Answers teacher-forced through a session's engine: calibrations, and full score rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from stablegen.core.answer import Completion
+from stablegen.core.calibration import Calibration
+from stablegen.core.policy import Batch
+from stablegen.core.record import Record
+from stablegen.core.request import Request
+from stablegen.core.trace import Trace
+from stablegen.engine.base import Engine, Observer
+from stablegen.errors import CalibrationError, InvalidRequestError
+from stablegen.guard.calibration import fit
+from stablegen.guard.judge import numerics_for
+from stablegen.session.call import Progress
+from stablegen.session.intake import Intake
+from stablegen.session.session import Session
+
+if TYPE_CHECKING:
+    import torch
+
+CALIBRATION_SIZES = (2, 8, 32)
+"""Batch sizes whose noise is measured where a policy promises nothing of it."""
+
+log = logging.getLogger("stablegen")
+
+
+def teacher_force(
+    session: Session,
+    engine: Engine,
+    intake: Intake,
+    records: Sequence[Record],
+    sizes: Sequence[int],
+    observe: Observer | None = None,
+) -> Generator[tuple[Record, Trace], None, None]:
+    """Yield records, each with what the engine would choose at each step of its answer.
+
+    ``sizes``: of the batches, where the policy promises nothing of any. ``observe`` sees the score row of each step.
+    """
+    policy = session.parts.policy
+    by_key = {record.key: record for record in records}
+    requests = [intake.validate(record.request) for record in records]
+    answers = {request: by_key[request.key].token_ids for request in requests}
+    if policy.promises:
+        batches = [(batch, 0) for batch in policy.plan(requests, engine.limits)]
+    else:
+        batches = [batch for size in sizes for batch in _full_batches(requests, size)]
+    for batch, seen_before in batches:
+        company = {request.key for slot, request in batch.requests if slot < seen_before}
+        with closing(engine.follow(batch, answers, observe)) as followed:
+            for generated in followed:
+                if generated.request.key not in company:
+                    yield by_key[generated.request.key], generated.trace
+
+
+def calibrate(
+    session: Session,
+    answers: Iterable[str | Record | Completion],
+    *,
+    sizes: Sequence[int] = CALIBRATION_SIZES,
+    progress: Progress | None = None,
+) -> list[Calibration]:
+    """Return how far margins move from the numerics of answers to the session's, for each that has steps enough."""
+    state = session.refresh()
+    groups: dict[str, dict[str, Record]] = {}
+    for record in map(session.record_of, answers):
+        state.intake.validate(record.request)
+        if record.trace and not record.request.continuation:
+            groups.setdefault(record.numerics.digest, {})[record.key] = record
+    rounds = 1 if session.parts.policy.promises else len(sizes)
+    total, done = rounds * sum(map(len, groups.values())), 0
+    failure = CalibrationError("no answer with a trace to calibrate by", hint="Generate some first")
+    if not groups:
+        raise failure
+    found = []
+    with session.engine(state) as (engine, now):
+        for group in map(list, map(dict.values, groups.values())):
+            pairs = []
+            with closing(teacher_force(session, engine, now.intake, group, sizes)) as forced:
+                for old, trace in forced:
+                    assert old.trace is not None
+                    pairs.append((old.trace, trace))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+            recorded, current = group[0].numerics, numerics_for(group[0].request, now.numerics)
+            try:
+                made = fit(now.intake.identity, recorded, current, pairs, prompts=len(group))
+            except CalibrationError as error:
+                failure = error
+                log.info("answers of %s do not calibrate: %s", recorded.summary(), error)
+                continue
+            session.cache.put_calibration(made)
+            session.parts.judge.learn_calibration(made)
+            found.append(made)
+    if not found:
+        raise failure
+    return found
+
+
+def calibrate_from(
+    session: Session, source: Session, prompts: Sequence[str], max_new_tokens: int, progress: Progress | None = None
+) -> list[Calibration]:
+    """Let ``source``, another session of the same model, answer prompts, and calibrate by its answers."""
+    total = 2 * len(prompts)
+
+    def report(count: int) -> None:
+        if progress is not None:
+            progress(count, total)
+
+    arguments = {"max_new_tokens": max_new_tokens}
+    if source.parts.policy.promises:
+        answers = source.complete(prompts, arguments, lambda count, _: report(count))
+    else:
+        answers = []
+        for prompt in prompts:  # one after the other: what company does is for the other session to show
+            answers += source.complete(prompt, arguments, None)
+            report(len(answers))
+    return calibrate(session, answers, progress=lambda count, of: report(len(prompts) * (of + count) // of))
+
+
+def score_rows(session: Session, completions: Iterable[Completion]) -> dict[str, list[torch.Tensor]]:
+    """Return each answer's full score rows by its key: for each step the model's own [V] float32, on the device."""
+    state = session.refresh()
+    records = list({one.key: one.record for one in completions}.values())
+    if any(record.request.continuation for record in records):
+        raise InvalidRequestError("score rows of a scored continuation", accepted="those of generated answers")
+    rows: dict[Request, list[torch.Tensor]] = {}
+    sizes = () if session.parts.policy.promises else (len(records),)
+
+    def observe(request: Request, row: torch.Tensor) -> None:
+        rows.setdefault(request, []).append(row.clone())
+
+    with (
+        session.engine(state) as (engine, now),
+        closing(teacher_force(session, engine, now.intake, records, sizes, observe)) as forced,
+    ):
+        for _ in forced:
+            pass
+    return {request.key: own for request, own in rows.items()}
+
+
+def _full_batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Batch, int]]:
+    """Yield batches of a size, each with how many of its first rows were in the batch before.
+
+    What is left over at the end is a batch of that size too, for noise depends on it; fewer only where there are fewer.
+    """
+    for start in range(0, len(requests), size):
+        first = max(0, min(start, len(requests) - size))
+        yield Batch(tuple(requests[first : first + size])), start - first

@@ -1,0 +1,55 @@
+"""A session from a model and settings: the one way in which a client is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stablegen.config import Effective
+from stablegen.core.policy import default_policy, load_policy
+from stablegen.machine.digests import DigestMemory
+from stablegen.session.session import Session
+from stablegen.sources.base import Source
+from stablegen.store.base import Store
+from stablegen.store.cache import Cache, cache_path, open_cache
+
+
+def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store | None = None) -> Session:
+    """Return a session around ``model``: a source, a name or directory (None: the embedded model), or a live model.
+
+    ``store``: in place of the folder that the settings name; the session closes it. Where the settings name no policy,
+    it is the most preferred one under which the model can run.
+    """
+    settings = effective.settings
+    cache = open_cache(settings.cache_dir, settings.size_limit) if store is None else Cache(store)
+    try:
+        source = open_source(model, tokenizer, effective)
+        policy = default_policy(source.can_run) if settings.policy is None else load_policy(settings.policy)
+        return Session(
+            source,
+            cache,
+            policy=policy,
+            dtype=settings.dtype,
+            device=settings.device,
+            on_risk=settings.on_risk,
+            accepted_risk=settings.accepted_risk,
+            app=effective.app,
+        )
+    except BaseException:
+        cache.close()
+        raise
+
+
+def open_source(model: Any, tokenizer: Any, effective: Effective) -> Source:
+    """Return the source that ``model`` is, names, or is live."""
+    if isinstance(model, Source):
+        return model
+    settings = effective.settings
+    if model is None or isinstance(model, str | Path):
+        from stablegen.sources.checkpoint import CheckpointSource
+
+        digests = DigestMemory(cache_path(settings.cache_dir) / "digests.json")
+        return CheckpointSource.open(model, settings.revision, digests=digests, kv_cache_size=settings.kv_cache_size)
+    from stablegen.sources.live import LiveSource
+
+    return LiveSource(model, tokenizer, kv_cache_size=settings.kv_cache_size)
