@@ -19,7 +19,7 @@ from stablegen.engine.base import Listener
 from stablegen.errors import ModelError, PromptError
 from stablegen.session import forcing
 from stablegen.session.call import Progress
-from stablegen.session.open import open_session
+from stablegen.session.open import named_source, open_session
 from stablegen.session.session import Session
 from stablegen.session.verification import VerifyOptions, verify
 from stablegen.sources.base import Source
@@ -84,7 +84,7 @@ class Client:
     @classmethod
     def from_settings(cls, settings: Effective, *, store: Store | None = None) -> Client:
         """Return a client for the model that settings name, already resolved."""
-        return cls(settings.settings.model, settings=settings, store=store)
+        return cls(named_source(settings), settings=settings, store=store)
 
     # -- asking ------------------------------------------------------------------------------------------------
 

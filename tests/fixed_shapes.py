@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from invariance import Answer, make_ids, make_request, run
+from engines import Answer, make_ids, make_request, run
 
-from stablegen.core.policy import Batch, load_policy
+from stablegen.core.policy import Batch, Shape, load_policy
 from stablegen.core.request import Request
 from stablegen.engine.base import Engine
 from stablegen.engine.transformers.engine import TransformersEngine
@@ -15,7 +15,8 @@ from stablegen.machine.plan import STATIC_ENGINE_VERSION, allows_static_cache, f
 
 VOCABULARY = 211
 CONTEXT = 96
-STATIC = f"transformers-sdpa-static/{STATIC_ENGINE_VERSION}"
+STATIC = {"engine": "transformers", "engine_version": STATIC_ENGINE_VERSION, "attention": "sdpa", "static": True}
+"""What numerics say of a KV cache of fixed length."""
 
 
 def small_model(kind: str, dtype: str = "float32", device: str = "cpu") -> Any:
@@ -41,8 +42,8 @@ def static_engine(model: Any, policy: str, context: int = CONTEXT, *, graphs: bo
     allowed = allows_static_cache(model.config.to_dict())
     planned = numerics_on(device, load_policy(policy), dtype, static_cache=allowed)
     if not device.is_cuda:
-        planned = planned.model_copy(update={"kernels": STATIC})
-    assert planned.kernels == STATIC
+        planned = planned.model_copy(update=STATIC)
+    assert {name: getattr(planned, name) for name in STATIC} == STATIC
     return TransformersEngine(model, planned, context=context, graphs=graphs)
 
 
@@ -54,4 +55,4 @@ def asked(seed: int, length: int, steps: int, *, vocabulary: int = VOCABULARY, *
 
 def alone(engine: Engine, one: Request, capacity: int | None = None) -> Answer:
     """Return the answer of a request in a batch of its own."""
-    return run(engine, Batch((one,), None, capacity))[0]
+    return run(engine, Batch((one,), Shape(None, capacity)))[0]

@@ -27,7 +27,7 @@ from support import (
 )
 
 import stablegen
-from stablegen.client import Client, check_name
+from stablegen.client import Client
 from stablegen.core.answer import Completion
 from stablegen.core.record import Record
 from stablegen.core.verdict import SelfCheck
@@ -44,6 +44,7 @@ from stablegen.errors import (
     RecordNotFoundError,
 )
 from stablegen.machine.plan import ENGINE_VERSION
+from stablegen.session.call import Call
 
 PROMPTS = ["Hello", "Tell me about yourself.\nanswer : ", "What is", "Once upon a time", "No"]
 NEW = 3
@@ -62,7 +63,7 @@ class Computed:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
-    from stablegen.engine.invariant.engine import GPT2Engine
+    from stablegen.engine.invariant.engine import InvariantEngine
     from stablegen.engine.transformers.engine import TransformersEngine
 
     seen = Computed()
@@ -70,15 +71,15 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
     def watch(kind: Any) -> None:
         generate = kind.generate
 
-        def watched(engine: Any, batch: Any, *rest: Any) -> Iterator[Any]:
+        def watched(engine: Any, batch: Any, *rest: Any, **named: Any) -> Iterator[Any]:
             if all(asked.model.digest != "self-check" for _, asked in batch.requests):
                 seen.batches.append(batch)
-            return generate(engine, batch, *rest)  # type: ignore[no-any-return]
+            return generate(engine, batch, *rest, **named)  # type: ignore[no-any-return]
 
         monkeypatch.setattr(kind, "generate", watched)
 
     watch(TransformersEngine)
-    watch(GPT2Engine)
+    watch(InvariantEngine)
     return seen
 
 
@@ -112,7 +113,7 @@ def test_a_miss_then_an_exact_hit(policy: str, tmp_path: Path, computed: Compute
     assert computed.rows == [first.key]
     with client(tmp_path, model=small_directory(), policy=policy) as later:
         assert later.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
-        assert later._engine is None
+        assert not later.session.parts.runner.started
 
 
 def test_native_is_never_exact(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(policy: str, tmp_path: 
 def test_no_prompts_no_completions(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
         assert asking.complete([]) == []
-        assert asking._engine is None
+        assert not asking.session.parts.runner.started
 
 
 def test_progress_counts_distinct_requests(tmp_path: Path) -> None:
@@ -336,9 +337,10 @@ def test_without_a_passed_check_nothing_is_exact(tmp_path: Path, monkeypatch: py
     count = iter(range(10**6))
 
     def drifting(scores: Any) -> Any:
-        return reference.best_two(scores + next(count) * 1e-6)
+        return summarise(scores + next(count) * 1e-6)
 
-    monkeypatch.setattr("stablegen.engine.transformers.engine.best_two", drifting)
+    summarise = reference.summarise_rows
+    monkeypatch.setattr("stablegen.engine.transformers.engine.summarise_rows", drifting)
     assert TransformersEngine.__module__ == "stablegen.engine.transformers.engine"
     with client(tmp_path, accepted_risk=1.0) as asking:
         with pytest.warns(PromiseWarning, match=r"policy single does not keep its promise.*differ at step 0"):
@@ -371,7 +373,7 @@ def test_an_interrupt_loses_nothing_finished(policy: str, kept: int, tmp_path: P
 
 
 def test_finished_rows_are_written_while_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stablegen.client.KEEP_EVERY", -1.0)
+    monkeypatch.setattr("stablegen.session.call.KEEP_EVERY", -1.0)
     with client(tmp_path, policy="invariant") as asking:
         asking.complete("Hello", max_new_tokens=NEW)
         stored_then: list[int] = []
@@ -451,11 +453,11 @@ def test_a_callers_autocast_and_default_dtype_move_no_bit(policy: str, tmp_path:
     assert (found.trace, found.record.numerics) == (expected.trace, expected.record.numerics)
 
 
-def test_hits_are_handed_over_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
+def test_hits_are_handed_over_when_the_model_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with client(tmp_path) as asking:
         asking.complete("Hello", max_new_tokens=NEW)
     with client(tmp_path) as asking:
-        asking._start_engine = lambda _: (_ for _ in ()).throw(DeviceError("no such luck"))
+        monkeypatch.setattr(asking.source, "start", lambda _: (_ for _ in ()).throw(DeviceError("no such luck")))
         with pytest.raises(DeviceError, match="no such luck") as told:
             asking.complete(["Hello", "Goodbye"], max_new_tokens=NEW)
     assert [completion.record.request.prompt for completion in told.value.completions] == ["Hello"]
@@ -479,22 +481,22 @@ def test_flags_changed_during_a_check_are_no_broken_promise(tmp_path: Path) -> N
 def test_a_record_is_judged_by_the_check_of_its_own_model(tmp_path: Path, tokenizer: Any) -> None:
     with Client(small_gpt2(), tokenizer, cache_dir=tmp_path) as other:
         made = other.complete("Hello", max_new_tokens=NEW)
-        broken = SelfCheck(numerics=other.numerics, passed=False)
-        name = check_name(made.record.request.model, other.numerics, made.record.composition.shape)
-        other.cache.put_check(name, broken)
+        broken = SelfCheck(numerics=other.numerics, shape=made.record.composition.shape, passed=False)
+        other.cache.put_self_check(made.record.request.model, broken)
     with Client(small_gpt2(n_layer=1), tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
         assert asking.complete("Hello", max_new_tokens=NEW).verdict.status == "exact"
         assert asking.numerics == made.record.numerics
         assert asking.judge(made.record).status != "exact"
 
 
-def test_two_apps_keep_a_flag_each(tmp_path: Path) -> None:
-    with client(tmp_path) as asking:
+def test_two_apps_keep_a_flag_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stablegen.toml").write_text("[apps.one]\n[apps.two]\n")
+    monkeypatch.chdir(tmp_path)
+    with client(tmp_path / "cache") as asking:
         asking.complete("Hello", max_new_tokens=NEW)
         stored(asking)
     for app in ("one", "two"):
-        with client(tmp_path, on_risk="serve") as asking:
-            asking.app = app
+        with client(tmp_path / "cache", on_risk="serve", app=app) as asking:
             asking.complete("Hello", max_new_tokens=NEW)
             kept = asking.warnings()
     assert [hit.app for hit in kept] == ["one", "two"]
@@ -504,17 +506,15 @@ def test_a_model_moved_to_another_dtype_or_attention_has_other_numerics(tmp_path
     import torch
 
     model = small_gpt2()
-    with Client(model, tokenizer, cache_dir=tmp_path, on_risk="serve") as asking:
+    with Client(model, tokenizer, policy="single", cache_dir=tmp_path, on_risk="serve") as asking:
         first = asking.complete("Hello", max_new_tokens=NEW)
         model.set_attn_implementation("eager")
         asking.complete("Hello", max_new_tokens=NEW)
-        assert asking.numerics.kernels != first.record.numerics.kernels
+        assert (first.record.numerics.attention, asking.numerics.attention) == ("sdpa", "eager")
         model.to(torch.bfloat16)
         moved = asking.complete("Goodbye", max_new_tokens=NEW)
-        assert (moved.record.numerics.dtype, moved.record.numerics.kernels) == (
-            "bfloat16",
-            f"transformers-eager/{ENGINE_VERSION}",
-        )
+        found = moved.record.numerics
+        assert (found.dtype, found.attention, found.engine_version) == ("bfloat16", "eager", ENGINE_VERSION)
 
 
 def test_a_model_whose_end_token_was_changed_uses_it(tmp_path: Path, tokenizer: Any) -> None:
@@ -617,15 +617,16 @@ def test_what_threads_ask_for_at_once_is_computed_once(
 ) -> None:
     with client(tmp_path, model=small_directory()) as asking:
         asking.self_check()
-        look_up, waiting = asking._look_up, threading.Barrier(4)
+        look_up, waiting = Call.look_up, threading.Barrier(4)
 
-        def together(*arguments: Any) -> Any:
-            work = look_up(*arguments)
-            if not asking._lock._is_owned():  # type: ignore[attr-defined]
+        def together(call: Call, *arguments: Any) -> None:
+            look_up(call, *arguments)
+            if threading.current_thread() not in seen:
+                seen.add(threading.current_thread())
                 waiting.wait(timeout=60)  # every thread has missed before any computes
-            return work
 
-        monkeypatch.setattr(asking, "_look_up", together)
+        seen: set[threading.Thread] = set()
+        monkeypatch.setattr(Call, "look_up", together)
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: asking.complete(PROMPTS[:2], max_new_tokens=NEW), range(4)))
     assert len(computed.rows) == 2

@@ -61,7 +61,7 @@ def test_a_second_evaluation_is_answered_from_the_cache(
         first = evaluate(StablegenLM(client=asking, batch_size=4), tasks)
     with client(tmp_path, policy="invariant") as later:
         assert evaluate(StablegenLM(client=later, batch_size=1), tasks) == first
-        assert later._engine is None
+        assert not later.session.parts.runner.started
 
 
 def test_its_own_model_over_a_stabilized_one_generates_the_same_at_every_batch_size(

@@ -90,6 +90,8 @@ NAMES = sorted(
 )
 ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 
+ALIASES = ("OnRisk", "Progress")
+
 
 def test_the_public_names() -> None:
     assert stablegen.__all__ == NAMES
@@ -98,8 +100,9 @@ def test_the_public_names() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_is_there_and_documented(name: str) -> None:
     found = getattr(stablegen, name)
-    assert inspect.getdoc(found)
-    assert found.__module__.startswith("stablegen.")
+    if name not in ALIASES:  # a type alias is documented where it is defined
+        assert inspect.getdoc(found)
+        assert found.__module__.startswith("stablegen.")
     assert name in dir(stablegen)
 
 

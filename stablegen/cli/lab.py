@@ -12,31 +12,38 @@ import typer
 
 from stablegen.cli.options import AsJson, Model, PageFile, Revision
 from stablegen.cli.shared import listed, new_console, opened_output, progress_bar, read_input, text_of, whole
+from stablegen.lab.compared import arm_names, promising_policies
 
 if TYPE_CHECKING:
-    from stablegen.lab.bench import Report
-    from stablegen.lab.report import LabReport
+    from stablegen.lab.reports.bench import Report
+    from stablegen.lab.reports.lab import LabReport
 
 app = typer.Typer()
-lab = typer.Typer(help="See batch variance on this machine: four experiments.", no_args_is_help=True)
+lab = typer.Typer(help="Measure batch variance on this machine: four experiments.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtypes = Annotated[
-    list[str] | None, typer.Option("--dtype", help="float32, float16 or bfloat16; repeat it, or separate by commas.")
+    list[str] | None, typer.Option("--dtype", help="float32, float16 or bfloat16; repeated, or separated by commas.")
 ]
-NumberSeed = Annotated[int, typer.Option(help="Draws the numbers.")]
-PromptFile = Annotated[Path | None, typer.Option(help="File of prompts, JSON lines or text lines; its own if none.")]
+NumberSeed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="File of prompts, JSON lines or text lines; default: stablegen's own 103.")
+]
 PromptCount = Annotated[
-    int | None, typer.Option("--count", help="Prompts from the beginning; of its own 103, 48 on a GPU and 24 on a CPU.")
+    int | None,
+    typer.Option(
+        "--count", help="How many of the prompts; default: all of a file, of stablegen's own 48 on a GPU, 24 on a CPU."
+    ),
 ]
-FlipTokens = Annotated[int, typer.Option("--tokens", help="Tokens of an answer at most.")]
+FlipTokens = Annotated[int, typer.Option("--tokens", help="The most tokens of an answer.")]
 
 
 @app.command()
 def demo(as_json: AsJson = False) -> None:
-    """Show batch variance, the policies that end it, and the verdicts, measured here and now (under a minute)."""
-    from stablegen.lab.demo import measure, render
+    """Show batch variance, the policies without it, and the verdicts, measured on this machine (under a minute)."""
+    from stablegen.console.lab.demo import render
+    from stablegen.lab.demo import measure
 
     with progress_bar("measurements") as progress:
         report = measure(progress)
@@ -50,44 +57,45 @@ def demo(as_json: AsJson = False) -> None:
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="Hub name, local directory or tiny-gpt2; none: tiny-gpt2 on a CPU, as --random on a GPU."),
+        typer.Option(help="Hub name or local directory; default: tiny-gpt2 on a CPU, as with --random on a GPU."),
     ] = None,
     revision: Revision = None,
     random_weights: Annotated[
-        bool, typer.Option("--random", help="GPT-2 small's shape with random weights; nothing is downloaded.")
+        bool, typer.Option("--random", help="GPT-2 small's shape with random weights, without a download.")
     ] = False,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, float16 or bfloat16; repeat it, or separate by commas.")
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; repeated, or separated by commas.")
     ] = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; repeat it, or separate by commas.")] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; repeated, or separated by commas.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of each prompt.")] = None,
     tokens: Annotated[int | None, typer.Option(help="New tokens of each call.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Measured runs of each arm; 5 if none.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Measured runs of each arm; default: 5.")] = None,
     arms: Annotated[
         list[str] | None,
-        typer.Option(
-            help="invariant, vendor, single, padded, eager, static, batch_invariant_ops; all if none, single and "
-            "static at batch 1 alone unless they are named."
-        ),
+        typer.Option(help=f"{', '.join(arm_names())}; default: all, the slow ones at batch 1 alone."),
     ] = None,
-    prefill: Annotated[str | None, typer.Option(help="PROMPTSxTOKENS of the prefill measured; 0: none.")] = None,
-    golden: Annotated[int | None, typer.Option(help="Prompts of the golden set measured; 0: none.")] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="Prompts and their tokens of the prefill, such as 16x512; 0: no prefill.")
+    ] = None,
+    golden: Annotated[int | None, typer.Option(help="Prompts of the golden set; 0: no golden set.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Draw the step times into this .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the step times to this .png, .svg or .pdf file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well, after each table.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure here what each policy costs against transformers and against the memory's speed.
+    """Measure what each policy costs on this machine, against transformers and against the speed of the memory.
 
-    What is not given suits the device: on a GPU float32 and a 16-bit dtype, batches 1, 8, 32, 64, 256, prompts of 32
-    tokens and 128 new ones, a prefill of 16x512 and a golden set of 1000; on a CPU a small part of that.
+    Defaults suit the device: on a GPU float32 and a 16-bit dtype, batches 1, 8, 32, 64, 256, prompts of 32 tokens and
+    128 new tokens, a prefill of 16x512 and a golden set of 1000; on a CPU a small part of that.
     """
     from stablegen.lab.plot import check_plot, draw
 
     sizes = whole("--batch", batch)
     if plot is not None:
         check_plot(plot)
-    from stablegen.lab.bench import Options, measure, render
+    from stablegen.console.lab.bench import render
+    from stablegen.lab.bench import measure
+    from stablegen.lab.bench_plan import Options
 
     def save(report: Report) -> None:
         with opened_output(out) as write:
@@ -123,13 +131,13 @@ def bench(
 
 @lab.command()
 def associativity(
-    count: Annotated[int, typer.Option(help="Random numbers of the sum, a power of two.")] = 4096,
+    count: Annotated[int, typer.Option(help="How many random numbers to add, a power of two.")] = 4096,
     seed: NumberSeed = 0,
     device: DeviceName = "auto",
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add up the same numbers in several orders, and see several results."""
+    """Add the same numbers in several orders, which gives several results."""
     with _experiment("associativity", html, as_json=as_json) as (progress, show):
         from stablegen.lab.associativity import measure
 
@@ -138,17 +146,17 @@ def associativity(
 
 @lab.command()
 def matmul(
-    shape: Annotated[str, typer.Option(help="MxNxK of the product.")] = "512x512x512",
-    batch: Annotated[list[str] | None, typer.Option(help="Matrices; 1-10, 100, 1000 if none.")] = None,
-    rows: Annotated[list[str] | None, typer.Option(help="Rows beside row 0; 1 to 512 if none.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="float32, tf32, float16, bfloat16; all if none.")] = None,
-    search: Annotated[bool, typer.Option(help="Look for shapes whose product moves.")] = True,
+    shape: Annotated[str, typer.Option(help="M x N x K of the product.")] = "512x512x512",
+    batch: Annotated[list[str] | None, typer.Option(help="Numbers of matrices; default: 1 to 10, 100, 1000.")] = None,
+    rows: Annotated[list[str] | None, typer.Option(help="Numbers of rows; default: 1 to 512.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="float32, tf32, float16, bfloat16; default: all.")] = None,
+    search: Annotated[bool, typer.Option(help="Search for other shapes whose product moves.")] = True,
     seed: NumberSeed = 0,
     device: DeviceName = "auto",
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Multiply two matrices alone and in company, by the vendor's libraries and by stablegen's kernels."""
+    """Multiply two matrices alone and in larger calls, by the vendor's libraries and by stablegen's kernels."""
     given: dict[str, Any] = {"batches": whole("--batch", batch), "rows": whole("--rows", rows)}
     given |= {"precisions": listed(precision), "shape": whole("--shape", shape.split("x"))}
     with _experiment("matmul", html, as_json=as_json) as (progress, show):
@@ -162,16 +170,16 @@ def matmul(
 def layers(
     model: Model = None,
     revision: Revision = None,
-    random_weights: Annotated[bool, typer.Option("--random", help="GPT-2 small's shape, random weights.")] = False,
+    random_weights: Annotated[bool, typer.Option("--random", help="GPT-2 small's shape with random weights.")] = False,
     dtype: Dtypes = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; 2 to 64 if none.")] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; default: 2 to 64.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the sequence.")] = 32,
     seed: NumberSeed = 0,
     device: DeviceName = "auto",
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare each layer of a transformer for one sequence, alone and in larger and larger batches."""
+    """Compare each layer of a transformer for one sequence, alone and in batches."""
     given = {"batches": sizes} if (sizes := whole("--batch", batch)) else {}
     with _experiment("layers", html, as_json=as_json) as (progress, show):
         from stablegen.lab.layers import measure
@@ -196,10 +204,13 @@ def flips(
     model: Model = None,
     revision: Revision = None,
     dtype: Dtypes = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; 1 to 32 if none.")] = None,
-    baseline: Annotated[int, typer.Option(help="The batch size that others are compared with.")] = 2,
-    padding: Annotated[list[str] | None, typer.Option(help="Tokens of padding; 1, 16, 64 if none.")] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="single, padded:8 and invariant if none.")] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch sizes; default: 1 to 32.")] = None,
+    baseline: Annotated[int, typer.Option(help="The batch size with which others are compared.")] = 2,
+    padding: Annotated[list[str] | None, typer.Option(help="Tokens of padding; default: 1, 16, 64.")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Policies to compare; default: {', '.join(one.spec for one in promising_policies())}."),
+    ] = None,
     tokens: FlipTokens = 8,
     prompts: PromptFile = None,
     count: PromptCount = None,
@@ -207,7 +218,7 @@ def flips(
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer prompts in many companies: which answers flip, by what cause, and that none does under the policies."""
+    """Answer prompts in many batches: which answers flip, by which cause, and that none does under the policies."""
     given: dict[str, Any] = {"batches": whole("--batch", batch), "pads": whole("--padding", padding)}
     chosen = {name: value for name, value in given.items() if value}
     if policy is not None:
@@ -244,9 +255,9 @@ def all_experiments(
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run all four experiments, and make one report of them."""
+    """Run all four experiments, and make one report."""
     with _experiment(None, html, as_json=as_json) as (progress, show):
-        from stablegen.lab.report import measure
+        from stablegen.lab.experiments import measure
 
         show(
             measure(
@@ -265,13 +276,13 @@ def all_experiments(
 
 @lab.command()
 def join(
-    files: Annotated[list[Path], typer.Argument(help="Files of what --json printed.")],
+    files: Annotated[list[Path], typer.Argument(help="Files that --json printed.")],
     html: PageFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make one report of experiments that were run apart; of `flips`, dtypes that were."""
-    from stablegen.lab.report import join as joined
-    from stablegen.lab.report import read_report
+    """Join reports of experiments, or of `flips` in several dtypes, into one."""
+    from stablegen.lab.reports.lab import join as joined
+    from stablegen.lab.reports.lab import read_report
 
     _show_lab(joined([read_report(file) for file in files]), html, as_json=as_json)
 
@@ -280,8 +291,8 @@ def join(
 def _experiment(
     name: str | None, html: Path | None, *, as_json: bool
 ) -> Iterator[tuple[Callable[[str], Callable[[int, int], None] | None], Callable[[Any], None]]]:
-    """Yield who hears how far an experiment is, and what shows its report: of ``name``, or of all."""
-    from stablegen.lab.report import report_of
+    """Yield a function that shows progress, and one that takes the report of the experiment ``name``, or of all."""
+    from stablegen.lab.reports.lab import report_of
     from stablegen.pages.render import check_page
 
     if html is not None:
@@ -290,7 +301,7 @@ def _experiment(
     with contextlib.ExitStack() as bars:
 
         def progress(what: str) -> Callable[[int, int], None] | None:
-            bars.close()  # the one before is done
+            bars.close()  # the previous experiment has finished
             return bars.enter_context(progress_bar(what))
 
         yield progress, found.append
@@ -298,7 +309,7 @@ def _experiment(
 
 
 def _show_lab(report: LabReport, html: Path | None, *, as_json: bool) -> None:
-    from stablegen.lab.report import render
+    from stablegen.console.lab import render
 
     if as_json:
         print(report.model_dump_json())

@@ -1,1 +1,1 @@
-"""Engines run batches: ``transformers`` any causal language model, ``gpt2`` its own batch-invariant forward pass."""
+"""Engines run batches: ``transformers`` any causal language model, ``invariant`` batch-invariant forward passes."""

@@ -33,7 +33,7 @@ def run_on(device: torch.device, batch: Batch, action: Callable[[], _T]) -> _T:
 
 @contextlib.contextmanager
 def computing(device: torch.device) -> Iterator[None]:
-    """Compute on the device, whichever is torch's current one, without gradients and without a caller's autocast.
+    """Compute on the device, whatever torch's current one is, without gradients and without a caller's autocast.
 
     Autocast would compute in another dtype than the numerics say; an event would wait for the current device's stream.
     """

@@ -27,8 +27,8 @@ class Recorder:
     its own: that memory then comes out of the graphs' pool, from which nothing else is allocated.
     """
 
-    def __init__(self, device: torch.device, *, wanted: bool) -> None:
-        self.wanted = wanted and device.type == "cuda"
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.enabled = enabled and device.type == "cuda"
         self._device = device
         self._free: list[torch.cuda.Stream] = []
         # the pool lives as long as one of its graphs, so this one is kept
@@ -36,7 +36,7 @@ class Recorder:
 
     def record(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T] | None:
         """Return a graph of a step that has run before, and what the step returns; None where there can be none."""
-        if not self.wanted:
+        if not self.enabled:
             return None
         try:
             graph, result = self._capture(step)
@@ -49,7 +49,7 @@ class Recorder:
             _log.warning(
                 "this step cannot be captured as a CUDA graph, so its kernels are launched one by one: %s", cause
             )
-            self.wanted = False
+            self.enabled = False
             with suppress(RuntimeError):  # torch's random numbers wait for the capture that failed until another ends
                 self._capture(lambda: torch.zeros(1, device=self._device))
             return None

@@ -1,7 +1,7 @@
 """Transformers' own logits processors for a request, and how a row of scores goes through them.
 
-Those of sampling that leave tokens out, *cuts*, come last: what a row was before them says how near a token was to the
-edge of what is sampled from.
+Those of sampling that leave tokens out, the *cuts*, come last: a row as it was before them tells how near a token was
+to the edge of what is sampled from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def process(processors: Processors, ids: torch.Tensor, scores: torch.Tensor) -> 
     ``scores`` [V] float32 are the model's own. A row goes through alone, whatever runs beside it: the reductions inside
     processors (softmax, sums) would pick their order by the number of rows, and by where a row begins in memory.
     """
-    row = scores[None].clone()  # memory of its own, which begins at a boundary
+    row = scores[None].clone()  # memory of its own, aligned as torch aligns it
     with _OneOrder():
         for processor in processors.before:
             row = processor(ids, row)
@@ -48,9 +48,9 @@ def process(processors: Processors, ids: torch.Tensor, scores: torch.Tensor) -> 
 
 
 class _OneOrder(TorchFunctionMode):
-    """A context in which a CUDA device adds a row up in one order.
+    """A context in which a CUDA device sums a row in one order.
 
-    Of a single row torch makes a cumulative sum whose order changes from run to run; of two it does not.
+    The order of torch's cumulative sum of a single row changes from run to run; that of two rows does not.
     """
 
     def __torch_function__(
@@ -67,7 +67,7 @@ class _OneOrder(TorchFunctionMode):
 def processors_for(request: Request, device: torch.device) -> Processors:
     """Return transformers' logits processors for a request, in transformers' order, the caller's own among them.
 
-    One of the caller's takes the place of one of the same type; the others stand before those of sampling.
+    One of the caller's takes the place of one of the same type; the others come before those of sampling.
     """
     from transformers.generation import LogitNormalization, TemperatureLogitsWarper
 
@@ -93,7 +93,7 @@ def _ends(params: GenerationParams) -> tuple[int, ...]:
 
 
 def _of_words(request: Request, device: torch.device) -> list[Any]:
-    """Return the processors that favour, penalise or forbid tokens by what was said before."""
+    """Return the processors that favour, penalise or forbid tokens by the text before."""
     from transformers.generation import logits_process as hf
 
     params, prompt = request.params, torch.tensor([request.prompt_ids], device=device)

@@ -94,7 +94,7 @@ class GraphedSampler:
 
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
         self._device = device
-        self._recorder = Recorder(device, wanted=graphs)
+        self._recorder = Recorder(device, enabled=graphs)
         self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
         self._streams: list[torch.cuda.Stream] = []
 
@@ -106,7 +106,7 @@ class GraphedSampler:
         hashes: torch.Tensor,  # [R] int64, of the model's own scores
     ) -> RowSummary:
         """Return what each of R samplers chooses at its step, without waiting for the device."""
-        if not self._recorder.wanted:
+        if not self._recorder.enabled:
             return sample(samplers, scores, steps, hashes)
         groups: dict[Any, list[int]] = {}
         for row, sampler in enumerate(samplers):
@@ -137,7 +137,7 @@ class GraphedSampler:
         """Release its graphs and their memory."""
         self._recorded.clear()
         self._streams.clear()
-        self._recorder = Recorder(self._device, wanted=self._recorder.wanted)
+        self._recorder = Recorder(self._device, enabled=self._recorder.enabled)
 
     def _replay(
         self, samplers: Sequence[TokenSampler], scores: torch.Tensor, steps: Sequence[int], hashes: torch.Tensor

@@ -15,7 +15,7 @@ from stablegen.tokenizer import Tokenizer
 
 
 def stopper_for(request: Request, tokenizer: Tokenizer) -> Stopper | None:
-    """Return what ends a request's answer besides its end tokens and its length; None where nothing does."""
+    """Return what ends a request's answer besides its end tokens and its length; None where nothing else does."""
     criteria: list[Callable[[torch.Tensor], Any]] = []
     if request.params.stop_strings:
         criteria.append(_StopStrings(request.params.stop_strings, tokenizer))

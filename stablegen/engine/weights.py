@@ -1,4 +1,4 @@
-"""What an engine asks of weights before it computes with them: that they are finite, and where they lie."""
+"""Weights before an engine computes with them: whether they are finite, and how they are aligned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from stablegen.errors import CheckpointError
 
 ALIGNMENT = 64
-"""Bytes. Torch's own allocations begin at multiples of it; a file's mapping need not, and a GEMM sees that."""
+"""Bytes. Torch's own allocations begin at multiples of it, a mapped file need not; a GEMM may sum otherwise then."""
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -32,7 +32,7 @@ def align(model: Any) -> None:
 
 
 def alignment_of(model: Any) -> str | None:
-    """Return a digest of where a CPU model's weights lie off 64-byte boundaries; None where none does."""
+    """Return a digest of how a CPU model's weights are misaligned to 64 bytes; None where none is."""
     if model.device.type != "cpu":
         return None
     places = {name: p.data_ptr() % ALIGNMENT for name, p in model.named_parameters() if p.data_ptr() % ALIGNMENT}

@@ -3,7 +3,7 @@
 **Why no batch can move a bit.** A token's keys come in blocks that begin at multiples of ``BLOCK_KEYS`` positions, in
 ascending order, from 0 to its own block; within a block its scores, the sum of its weights and the weighted values are
 chains of ``mma.sync`` steps, and a maximum has no rounding. A tile only puts tokens of one slot beside each other, as
-other rows of the same instructions; a block that lies wholly behind a token multiplies by one and adds zero.
+other rows of the same instructions; a block of later positions only multiplies by one and adds zero.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def attention(
     scale: float,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Return causal attention [T, E] as an operand; what lies behind a token's position weighs zero.
+    """Return causal attention [T, E] as an operand; positions after a token's own weigh zero.
 
     Where ``query`` comes as summands of ``layer``, they are added up and biased here, and key and value are stored.
     The order of a sum cannot depend on the batch: keys come in absolute blocks in ascending order, and a tile's rows
-    are rows of the same instructions whichever and however many they are.
+    are rows of the same instructions, whatever and however many they are.
 
     For newest tokens, slots, lengths, table and earlier keys are read while the kernels before this one still run: they
     must be older than the pass, which begins with ``embed`` and a ``first`` product.
@@ -146,8 +146,8 @@ def _attention(  # launched by position
     low = T.to(tl.int64) * E
     launch_next(EARLY)
     if NEWEST:
-        # Each tile is one slot's newest token. Where it stands, and all keys before its own, the pass before has left:
-        # the first block is on its way before this kernel waits for the query.
+        # Each tile is one slot's newest token. Its position and all keys before its own were written by the pass
+        # before: the first block is on its way before this kernel waits for the query.
         first = tl.program_id(0)
         count = 1
         slot = tl.load(slots + first)
@@ -156,7 +156,7 @@ def _attention(  # launched by position
         spot = _spot(table, slot, offset, there, head, PAGES, HEADS, D, PAGE)
         k_high, k_low = _load_keys(keys, spot, there, feature, inside, size, PAIRED)
         v_high, v_low = _load_values(values, spot, there, feature, inside, size, PAIRED)
-        if EARLY:  # what the second step takes comes from far away too
+        if EARLY:  # what the second step takes is not in the cache either
             further = _spot(
                 table, slot, offset + BLOCK_KEYS, offset + BLOCK_KEYS < position, head, PAGES, HEADS, D, PAGE
             )
@@ -301,7 +301,7 @@ def _spot(
     return ((page * HEADS + head) * PAGE + key % PAGE) * D
 
 
-# In both: zeros in place of what is not seen, for a weight of zero does not silence a NaN.
+# Both load zeros in place of what is not seen, for a weight of zero does not silence a NaN.
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def _load_keys(
     keys: tl.tensor,

@@ -50,12 +50,12 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one forward pass works on: T packed tokens, Q tiles of them, R rows whose scores are wanted; all int32.
+    """What one forward pass works on: T packed tokens, Q tiles of them, R tokens whose scores are needed; all int32.
 
     ``tokens`` [T]: ids, or -1 for the newest token of its slot. ``slots`` [T]. ``positions`` [T]: absolute, or -1 for
     the next one of its slot. ``tile_first``, ``tile_count`` [Q]: each tile is a run of at most ``tile`` tokens of one
     slot at consecutive positions; a ``tile`` of 1 says that every token is its slot's newest, -1. ``last`` [R]: the
-    tokens whose scores are wanted. ``tick`` [R]: the entry of the log to be written, one ahead after each pass.
+    tokens whose scores are needed. ``tick`` [R]: the entry of the log to be written, one ahead after each pass.
     ``spans``: where a pass is not one token a slot.
     """
 
@@ -87,7 +87,7 @@ class Cache(Protocol):
 
 
 class Placed(NamedTuple):
-    """Where tokens stand, [T] int32: slot, absolute position, and ``places``, ``page * PAGE + position % PAGE``."""
+    """Where tokens are, [T] int32: slot, absolute position, and ``places``, ``page * PAGE + position % PAGE``."""
 
     slots: torch.Tensor
     positions: torch.Tensor
@@ -112,15 +112,15 @@ class RowSummary:
 class KernelSet(Protocol):
     """The operations, in the order of a forward pass; T tokens, E features, H heads of D, V tokens.
 
-    What they hand to each other, beside the residual stream, is laid out as the set likes: in 16 bits, as pairs, as
-    summands.
+    What they pass on to each other, besides the residual stream, each set lays out in its own way: in 16 bits, as
+    pairs, as summands.
     """
 
     name: str
-    """Goes into ``Numerics`` with ``version``: results of another set or version are other bits."""
+    """Part of ``Numerics``, with ``version``: another set or version gives other bits."""
     version: int
     tile: int
-    """Tokens of one slot that attention takes together at most."""
+    """Tokens of one slot that attention computes together at most."""
     paired: bool
     """Whether float32 keys and values are kept as pairs of float16, [layers, 2, pages, H, PAGE, D]."""
 
@@ -139,14 +139,14 @@ class KernelSet(Protocol):
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
-        """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand.
+        """Return the residual stream [T, E] float32, its layer norm, and where the tokens are.
 
-        ``tokens`` is the embedding laid out as a head [E, V], which it mostly is too; ``positions`` [C, E].
+        ``tokens`` is the embedding laid out as a head [E, V], and mostly is the head; ``positions`` [C, E].
         """
         ...
 
     def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:
-        """Return what ``attention`` wants as queries; by then keys and values are in layer ``index`` of the cache."""
+        """Return the queries that ``attention`` takes; keys and values go into layer ``index`` of the cache."""
         ...
 
     def attention(
@@ -179,7 +179,7 @@ class KernelSet(Protocol):
         ...
 
     def gelu(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        """Return what ``partial`` wants as ``gelu_new(x @ weight + bias)`` [T, N]."""
+        """Return ``gelu_new(x @ weight + bias)`` [T, N] as ``partial`` takes it."""
         ...
 
     def choose(

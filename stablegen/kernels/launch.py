@@ -13,10 +13,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FEW_SHARED, MANY_SHARED = 50, 75
 """Percent of a multiprocessor's fast memory that its programs share, the rest being L1 cache: where rows are few, and
-for products of many. A multiprocessor must run empty before it can divide its memory anew, so kernels overlap that ask
-for the same, where the driver would ask for what each of them needs. They suit an H100; no bit depends on them."""
+for products of many. A multiprocessor must run empty before it can divide its memory anew, so only kernels that ask for
+the same overlap; the driver would ask for what each of them needs. They suit an H100; no bit depends on them."""
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-_told: set[int] = set()
+_configured: set[int] = set()
 
 
 @cache
@@ -35,16 +35,17 @@ def launch(
 ) -> None:
     """Launch a kernel on a device's current stream; ``shared`` in percent of a multiprocessor's fast memory.
 
-    Products and sums are never fused into one rounding behind the source's back: whether the compiler would do so may
-    differ between two compilations of one expression.
+    Products and sums are never fused into one rounding unless the source says so: whether the compiler would fuse them
+    may differ between two compilations of one expression.
     """
     early = overlaps(device)
     pdl = {"launch_pdl": True} if early else {}
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 changes nothing
         made = kernel[grid](*arguments, EARLY=early, enable_fp_fusion=False, **pdl, **named)
-    if device.type == "cuda" and made.function not in _told:
-        _told.add(made.function)
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(made.function), _CARVEOUT, shared)  # a wish: it moves no bit
+    if device.type == "cuda" and made.function not in _configured:
+        _configured.add(made.function)
+        # a preference, which moves no bit
+        _driver().cuFuncSetAttribute(ctypes.c_void_p(made.function), _CARVEOUT, shared)
 
 
 @cache
@@ -54,7 +55,7 @@ def _driver() -> ctypes.CDLL:
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def wait_for_previous(EARLY: tl.constexpr) -> None:
-    """Wait until everything before this kernel is done; what comes before it in a kernel may only hint."""
+    """Wait until all kernels before this one are done; what a kernel does before it may only be hints."""
     if EARLY:
         gdc_wait()
 
@@ -68,7 +69,7 @@ def launch_next(EARLY: tl.constexpr) -> None:
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def prefetch(pointers: tl.tensor) -> None:
-    """Ask for the 128-byte lines behind the pointers to be brought into the L2 cache."""
+    """Ask for the 128-byte lines that the pointers point to, to be brought into the L2 cache."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
         "=r,l",

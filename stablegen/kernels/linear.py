@@ -116,7 +116,7 @@ def qkv(
     """Return queries [M, E] as an operand; each row's key and value go to its place in the cache.
 
     ``first``: whether it is the first product of a pass. No later kernel begins before such a one has its rows, so
-    whatever came before ``embed`` is done by then, and need not be waited for. The order of a sum cannot depend on the
+    all that came before ``embed`` is done by then, and need not be waited for. The order of a sum cannot depend on the
     batch: one program adds up all slices in their order.
     """
     rows = x.shape[-2]

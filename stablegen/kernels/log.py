@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from stablegen.kernels.base import RowSummary
-
-if TYPE_CHECKING:
-    import numpy as np
 
 TOKEN = 0
 """The column of the best token's id."""
@@ -53,9 +48,3 @@ def unpack(words: torch.Tensor) -> RowSummary:
 def unpack_hashes(words: torch.Tensor) -> torch.Tensor:
     """Return the hashes [M] int64 of words [M, WIDTH] int32."""
     return words[:, HASH : HASH + 2].contiguous().view(torch.int64)[:, 0]
-
-
-def trace_bytes(words: np.ndarray) -> bytes:
-    """Return words [N, WIDTH] int32 of N steps as a trace's bytes: its columns, one after the other."""
-    columns = (TOKEN, RUNNER_UP, SCORE, RUNNER_UP_SCORE, slice(HASH, HASH + 2))
-    return b"".join(words[:, column].tobytes() for column in columns)

@@ -1,4 +1,4 @@
-"""What stands between the matrix products, in Triton: embedding, residual sums and layer norm, a program a row.
+"""What comes between the matrix products, in Triton: embedding, residual sums and layer norm, a program a row.
 
 **Why no batch can move a bit.** A row is summed by one program whose block and warps are fixed by E, and summands that
 arrive separately are added in their order.
@@ -34,7 +34,7 @@ def row_configuration(e: int) -> RowConfiguration:
 def embed(
     rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
-    """Return the residual stream [T, E] float32, its layer norm [T, E], and where the tokens stand.
+    """Return the residual stream [T, E] float32, its layer norm [T, E], and where the tokens are.
 
     The order of a sum cannot depend on the batch: a row is one program's, whose block is fixed by E.
     """
@@ -113,8 +113,8 @@ def add_norm(
     return result, normed
 
 
-# Addresses come with the batch, and how threads share a row, so the order of its sums, would follow from what the
-# compiler knows of an address: it is told nothing.
+# Addresses differ from batch to batch. The compiler would specialise by them how threads share a row, and with it the
+# order of the row's sums: it must not.
 _BY_BATCH = ["tokens", "slots", "positions", "PAGES", "x", "partial", "select", "T"]
 
 

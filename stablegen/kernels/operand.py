@@ -32,7 +32,7 @@ def as_pairs(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def load_pair(pointers: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> tl.tensor:
-    """Return what lies behind the pointers and, of pairs, the lower halves ``size`` elements further; else it twice."""
+    """Return what the pointers point to and, of pairs, the lower halves ``size`` elements further on; else it twice."""
     if mask is None:
         high = tl.load(pointers)
         low = tl.load(pointers + size) if PAIRED else high
@@ -55,7 +55,7 @@ def pair(x: tl.tensor, dtype: tl.constexpr, PAIRED: tl.constexpr) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def lone_row(x: tl.tensor, rows: tl.tensor, there: tl.tensor, dtype: tl.constexpr, PAIRED: tl.constexpr) -> tl.tensor:
-    """Return one float32 row as the operand of a tile whose other rows are zeros, as it is wherever not ``there``."""
+    """Return one float32 row as the operand of a tile; its other rows, and what is not ``there``, are zero."""
     high, low = pair(x, dtype, PAIRED)
     here = (rows == 0)[:, None] & there[None, :]
     high = tl.where(here, high[None, :], 0.0).to(dtype)
@@ -64,7 +64,7 @@ def lone_row(x: tl.tensor, rows: tl.tensor, there: tl.tensor, dtype: tl.constexp
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def store_operand(to: tl.tensor, x: tl.tensor, mask: tl.tensor, size: tl.tensor, PAIRED: tl.constexpr) -> None:
-    """Store float32 activations as operands; the lower halves of pairs lie ``size`` elements behind."""
+    """Store float32 activations as operands; the lower halves of pairs go ``size`` elements further on."""
     high, low = pair(x, to.dtype.element_ty, PAIRED)
     tl.store(to, high, mask=mask)
     if PAIRED:

@@ -109,7 +109,7 @@ def product(
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no stubs
 def _settled(x: tl.tensor, rows: tl.tensor, M: tl.tensor) -> tl.tensor:
-    """Return the end of a chain as it is: the compiler would begin the chain with whatever is added to its end."""
+    """Return the end of a chain unchanged: else the compiler would start the chain with what is added to its end."""
     return tl.where((rows < M)[:, None], x, 0.0)
 
 
@@ -122,7 +122,7 @@ def _load_weight(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,  # whether no block reaches behind K
+    EVEN: tl.constexpr,  # whether no block reaches beyond K
     PAIRED: tl.constexpr,
 ) -> tl.tensor:
     """Return a block of the weight, [BLOCK_K, BLOCK_N], and the lower half of its pair."""

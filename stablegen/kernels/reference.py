@@ -20,7 +20,7 @@ _GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi), as in Hugging Face's NewGELUAc
 
 
 class ReferenceKernels:
-    """The kernel set for a CPU; also the yardstick the Triton kernels are tested against."""
+    """The kernel set for a CPU; also the reference that the Triton kernels are tested against."""
 
     name = "reference"
     version = 1
@@ -30,8 +30,8 @@ class ReferenceKernels:
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Keep float32 copies: products of 16-bit numbers are exact in float32, sums are kept there.
 
-        Always copies, into memory that torch aligns: a file's mapping may lie anywhere, and where a matrix lies can
-        change the order in which it is summed.
+        Always copies, into memory that torch aligns: a mapped file may be aligned otherwise, and alignment can change
+        the order in which a matrix is summed.
         """
         own = weight.to(torch.float32, copy=True)
         return Linear(own, None if bias is None else bias.to(torch.float32, copy=True), *weight.shape)
@@ -43,7 +43,7 @@ class ReferenceKernels:
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
-        """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand."""
+        """Return the residual stream [T, E] float32, its layer norm, and where the tokens are."""
         slots = rows.slots.long()
         ids = torch.where(rows.tokens < 0, cache.newest[slots], rows.tokens)
         at = torch.where(rows.positions < 0, cache.lengths[slots], rows.positions)
@@ -91,7 +91,7 @@ class ReferenceKernels:
             keys, values = (
                 kept[index][pages].transpose(0, 1).flatten(1, 2) for kept in (cache.keys, cache.values)
             )  # [H, C, D]
-            # behind a position anything may lie, and zero times NaN is no zero
+            # behind a position the cache may hold anything, and zero times NaN is not zero
             known = torch.arange(keys.shape[1])[:, None] <= int(positions[chosen].max())
             keys, values = keys.where(known, 0.0), values.where(known, 0.0)
             result = _attend(tile, block * QUERY_BLOCK, keys, values, scale)
@@ -126,17 +126,17 @@ class ReferenceKernels:
         advance(summarise_rows(scores), rows, placed, cache)
 
     def linear(self, x: torch.Tensor, layer: Linear, *, gelu: bool = False) -> torch.Tensor:
-        """Return ``x @ weight + bias`` [M, N] float32; every product is [K] x [K, N], aligned alike."""
+        """Return ``x @ weight + bias`` [M, N] float32; every product is [K] x [K, N], aligned the same."""
         result = torch.empty(x.shape[0], layer.n, dtype=torch.float32)
         transposed = layer.weight.t()
-        # one buffer: a row's own address may be aligned otherwise
+        # one buffer for all rows: their own addresses may be aligned differently
         operand = torch.empty(x.shape[1], dtype=torch.float32)
         for row in range(x.shape[0]):
             operand.copy_(x[row])
             y = torch.mv(transposed, operand)
             if layer.bias is not None:
                 y += layer.bias
-            # tanh too is a library call whose vectorised body and tail may round differently: one shape, [N]
+            # tanh is a library call too, whose vectorised body and tail may round differently: it has one shape, [N]
             result[row] = _gelu_new(y) if gelu else y
         return result
 
@@ -163,12 +163,12 @@ def advance(summary: RowSummary, rows: Rows, placed: Placed, cache: Cache) -> No
     cache.newest[slots] = summary.tokens[:, 0].int()
     end = cache.table.shape[1] * PAGE - 1
     lengths = (placed.positions[last] + 1).clamp(max=end)
-    # the spare slot, which fills a batch up, begins anew each time: it must not grow long
+    # the spare slot, which fills a batch up, starts at 0 each time: it must not grow
     cache.lengths[slots] = torch.where(slots == len(cache.newest) - 1, 0, lengths).int()
 
 
 def _attend(
-    query: torch.Tensor,  # [H, QUERY_BLOCK, D] float32; row i stands at position first + i
+    query: torch.Tensor,  # [H, QUERY_BLOCK, D] float32; row i is at position first + i
     first: int,
     keys: torch.Tensor,  # [H, C, D]
     values: torch.Tensor,
@@ -240,7 +240,7 @@ def top2_ids(scores: torch.Tensor) -> torch.Tensor:
     index = torch.arange(vocabulary, device=scores.device)
     first = _lowest_best(scores, index)
     rest = scores.scatter(1, first[:, None], float("-inf"))
-    # the winner is no candidate, also where all the rest are -inf
+    # the winner cannot be its own runner-up, even where all others are -inf
     second = _lowest_best(rest, torch.where(index == first[:, None], vocabulary, index))
     return torch.stack([first, second], dim=1)
 
@@ -261,7 +261,7 @@ def log_probs(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _lowest_best(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     best = scores.amax(1, keepdim=True)
-    # a row of NaN has no best: clamp, the row is reported as not finite anyway
+    # a row of NaN has no best: the index is clamped, and the row is reported as not finite
     return torch.where(scores == best, index, scores.shape[1]).amin(1).clamp(max=scores.shape[1] - 1)
 
 

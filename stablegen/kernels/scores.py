@@ -1,7 +1,7 @@
-"""The head in Triton: scores, the two best and the hash of each row without writing a row, then the step's end.
+"""The head in Triton: scores, the two best and the hash of each row without writing the row, then the end of the step.
 
 **Why no batch can move a bit.** A score is one chain of ``mma.sync`` steps (see ``linear``). All that follows is
-exact: a maximum has no rounding, and the hash adds integers modulo 2**64, in whatever order.
+exact: a maximum has no rounding, and the hash adds integers modulo 2**64, in any order.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _advance(  # launched by position
     slot = tl.load(slots + of)
     position = tl.minimum(tl.load(positions + of) + 1, LAST)
     tl.store(newest + slot, token)
-    # the spare slot, which fills a batch up, begins anew each time: it must not grow long
+    # the spare slot, which fills a batch up, starts at 0 each time: it must not grow
     tl.store(lengths + slot, tl.where(slot == SPARE, 0, position))
 
 

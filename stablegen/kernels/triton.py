@@ -28,7 +28,7 @@ class TritonKernels:
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, following: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
-        """Return the residual stream [T, E] float32, its layer norm, and where the tokens stand."""
+        """Return the residual stream [T, E] float32, its layer norm, and where the tokens are."""
         return norm.embed(rows, cache, tokens, positions, following)
 
     def qkv(self, x: torch.Tensor, layer: Linear, cache: Cache, index: int, rows: Rows, placed: Placed) -> torch.Tensor:

@@ -15,8 +15,8 @@ from stablegen.kernels.reference import advance
 class VendorKernels:
     """The kernel set of torch's own libraries, as fast as they allow inside the same engine.
 
-    Keys and values lie in its own contiguous tensors, which libraries want. One-token passes take row ``i`` for slot
-    ``i`` and look ``reach`` positions back.
+    Keys and values are kept in contiguous tensors of its own, as libraries need them. One-token passes take row ``i``
+    for slot ``i`` and attend to ``reach`` positions.
     """
 
     name = "vendor"
@@ -39,7 +39,7 @@ class VendorKernels:
     def embed(
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
-        """Return the residual stream [T, E] in the model's dtype, its layer norm, and where the tokens stand."""
+        """Return the residual stream [T, E] in the model's dtype, its layer norm, and where the tokens are."""
         ids = torch.where(rows.tokens < 0, cache.newest[rows.slots], rows.tokens)
         at = torch.where(rows.positions < 0, cache.lengths[rows.slots], rows.positions)
         x = tokens.weight.t()[ids] + positions[at]

@@ -17,7 +17,7 @@ from stablegen.machine.device import Device
 from stablegen.machine.plan import find_device
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 COUNT = 4096

@@ -30,7 +30,7 @@ from stablegen.machine.plan import find_device
 from stablegen.sources.checkpoint import CheckpointSource
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 PREFILL_CALLS = 4
 """Calls of a prefill in each repeat: they are short, and vary."""

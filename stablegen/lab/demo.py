@@ -27,7 +27,7 @@ from stablegen.machine.plan import find_device, numerics_on
 from stablegen.sources.checkpoint import EMBEDDED, CheckpointSource
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 PROMPTS = (
     "Tell me about yourself.\nanswer : ",
@@ -149,22 +149,27 @@ def _judge_hits() -> Iterator[Judged]:
     """Yield a miss, a hit, and hits that were recorded under another policy and under the control."""
     own, other = own_policy(), next(policy for policy in promising_policies() if policy != own_policy())
     prompts = list(PROMPTS)
-    now = {"policy": own.spec, "dtype": DTYPES[0]}
     with tempfile.TemporaryDirectory(prefix="stablegen-demo-") as folder:
-        with Client.from_pretrained(EMBEDDED, **now, device="auto", cache_dir=f"{folder}/own") as client:
+        with _client(own, DTYPES[0], f"{folder}/own") as client:
             for _ in range(2):
                 yield _judged(client, client.complete(prompts[0], max_new_tokens=LONG))
             # computed under the client's own numerics, to compare the judgements with
             truth = client.complete(prompts, max_new_tokens=LONG)
         for policy, dtype in ((other, DTYPES[0]), (control_policy(), DTYPES[-1])):
             where = f"{folder}/{policy.name}-{dtype}"
-            with Client.from_pretrained(EMBEDDED, policy=policy.spec, dtype=dtype, cache_dir=where) as client:
+            with _client(policy, dtype, where) as client:
                 client.complete(prompts, max_new_tokens=LONG)
-            with Client.from_pretrained(EMBEDDED, **now, device="auto", cache_dir=where, on_risk="serve") as client:
+            with _client(own, DTYPES[0], where) as client:
                 for hit, fresh in zip(client.complete(prompts, max_new_tokens=LONG), truth, strict=True):
                     assert hit.trace is not None and fresh.trace is not None
                     step = hit.trace.first_difference(fresh.trace)
                     yield _judged(client, hit, "same" if step is None else f"differs from step {step}")
+
+
+def _client(policy: ExecutionPolicy, dtype: str, cache: str) -> Client:
+    return Client.from_pretrained(
+        EMBEDDED, policy=policy.spec, dtype=dtype, device="auto", cache_dir=cache, on_risk="serve"
+    )
 
 
 def _judged(client: Client, found: Completion, truth: str = "") -> Judged:

@@ -11,7 +11,7 @@ from stablegen.lab import associativity, flips, layers, matmul
 from stablegen.lab.reports.lab import LabReport, report_of
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 
 def measure(

@@ -42,7 +42,7 @@ from stablegen.machine.plan import find_device
 from stablegen.sources.checkpoint import CheckpointSource
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 BASELINE = 2
 BATCHES = (1, 2, 3, 4, 7, 8, 16, 32)

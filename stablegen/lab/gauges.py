@@ -13,6 +13,9 @@ from stablegen.lab.device import free_memory, synchronise
 from stablegen.lab.reports.bench import Bandwidth, Spread
 
 COPIES = 10
+"""Copies of each measurement on a GPU."""
+GPU_BYTES, CPU_BYTES = 1 << 30, 1 << 28
+"""Bytes of each copy, by device, where that much is free."""
 Clock = Callable[[], float]
 
 
@@ -42,7 +45,7 @@ def measure_bandwidth(device: str, clock: Clock = time.perf_counter, *, size: in
     """Return how fast the device copies its own memory; ``size`` in bytes, one that suits the device if None."""
     cuda = device.startswith("cuda")
     if size is None:
-        size = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) if cuda else 1 << 28
+        size = min(GPU_BYTES, torch.cuda.mem_get_info(device)[0] // 4) if cuda else CPU_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copies = COPIES if cuda else 1

@@ -43,7 +43,7 @@ from stablegen.machine.plan import find_device, numerics_on
 from stablegen.sources.checkpoint import CheckpointSource
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 BATCHES = (2, 4, 8, 16, 32, 64)
 LENGTH = 32

@@ -27,7 +27,7 @@ from stablegen.machine.device import Device
 from stablegen.machine.plan import find_device
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 SHAPE = (512, 512, 512)
 BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 100, 1000)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stablegen.client import Progress
+    from stablegen.session.call import Progress
 
 
 def ticker(progress: Progress | None, total: int) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stablegen.engine.loading import load_model, torch_device
+from stablegen.errors import DeviceMemoryError
 from stablegen.machine.device import Device
 from stablegen.sources.checkpoint import CheckpointSource
 
@@ -38,17 +39,26 @@ class Subject:
 
 
 def load_subject(source: CheckpointSource | None, device: Device, dtype: str) -> Subject:
-    """Return a checkpoint's model on the device, or GPT-2 small with random weights if ``source`` is None."""
+    """Return a checkpoint's model on the device, or GPT-2 small with random weights if ``source`` is None.
+
+    Raises ``CheckpointError`` for weights that are not whole, ``DeviceMemoryError`` where they do not fit.
+    """
     from transformers import GenerationConfig
 
-    if source is None:
-        model = _random_model().to(device=device.name, dtype=getattr(torch, dtype))
-        context = random_context()
-    else:
-        model = load_model(source.directory, getattr(torch, dtype), torch_device(device.name))
-        context = source.context
+    try:
+        if source is None:
+            model = _random_model().to(device=device.name, dtype=getattr(torch, dtype))
+        else:
+            model = load_model(source.directory, getattr(torch, dtype), torch_device(device.name))
+    except torch.OutOfMemoryError as error:
+        name = RANDOM if source is None else source.identity.name
+        raise DeviceMemoryError(
+            f"the model {name} did not fit into the memory of {device.name}",
+            hint="Use a 16-bit dtype, a smaller model or another device",
+        ) from error
     # without an end token every answer has the length that was asked for
     model.generation_config = GenerationConfig(pad_token_id=0)
+    context = random_context() if source is None else source.context
     return Subject(model.eval(), dtype, device, context, int(model.config.vocab_size))
 
 

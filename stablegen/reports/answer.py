@@ -114,7 +114,7 @@ def inspect(client: Client, record: Record, found: Verification | None = None) -
         params=_set(request.params.for_display(), type(request.params)(max_new_tokens=1).for_display()),
         created=record.created,
         seconds=record.seconds,
-        composition={name: value for name, value in record.composition._asdict().items() if value is not None},
+        composition={name: value for name, value in record.composition.to_dict().items() if value is not None},
         recorded=record.numerics,
         current=client.numerics_for(request),
         accepted_risk=client.accepted_risk,

@@ -265,9 +265,9 @@ def proven(record: Record, flagged: Iterable[FlaggedHit], current: Numerics) -> 
 
 def _foreseen(client: Client) -> list[WhatIf]:
     """Return the client's policy and one of each kind, with the numerics under which each would run here."""
-    own = client.policy
+    own, typical = client.policy, typical_policies()
     found = []
-    for policy in dict.fromkeys((*typical_policies(), own)):
+    for policy in typical if own in typical else (own, *typical):
         if policy == own:
             numerics = client.numerics
         else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from stablegen.config import Effective
 from stablegen.core.policy import default_policy, load_policy
+from stablegen.errors import ConfigError
 from stablegen.machine.digests import DigestMemory
 from stablegen.session.session import Session
 from stablegen.sources.base import Source
@@ -15,7 +15,7 @@ from stablegen.store.cache import Cache, cache_path, open_cache
 
 
 def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store | None = None) -> Session:
-    """Return a session around ``model``: a source, a name or directory (None: the embedded model), or a live model.
+    """Return a session around ``model``, a source or a live model.
 
     ``store``: in place of the folder that the settings name; the session closes it. Where the settings name no policy,
     it is the most preferred one under which the model can run.
@@ -41,15 +41,29 @@ def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store 
 
 
 def open_source(model: Any, tokenizer: Any, effective: Effective) -> Source:
-    """Return the source that ``model`` is, names, or is live."""
+    """Return the source that ``model`` is, or that stands around a live model."""
     if isinstance(model, Source):
+        if tokenizer is not None:
+            raise ConfigError("a tokenizer beside a source, which has its own", accepted="Client(source)")
         return model
-    settings = effective.settings
-    if model is None or isinstance(model, str | Path):
-        from stablegen.sources.checkpoint import CheckpointSource
-
-        digests = DigestMemory(cache_path(settings.cache_dir) / "digests.json")
-        return CheckpointSource.open(model, settings.revision, digests=digests, kv_cache_size=settings.kv_cache_size)
+    for name in ("dtype", "device"):
+        if effective.origins[name] == "argument":
+            raise ConfigError(
+                f"{name}={getattr(effective.settings, name)!r} for a model that is loaded already",
+                accepted="the model's own dtype and device",
+                hint="Convert or move the model itself, with model.to(...)",
+            )
     from stablegen.sources.live import LiveSource
 
-    return LiveSource(model, tokenizer, kv_cache_size=settings.kv_cache_size)
+    return LiveSource(model, tokenizer, kv_cache_size=effective.settings.kv_cache_size)
+
+
+def named_source(effective: Effective) -> Source:
+    """Return the source of the model that the settings name: a directory, a hub name, or None for the embedded one."""
+    from stablegen.sources.checkpoint import CheckpointSource
+
+    settings = effective.settings
+    digests = DigestMemory(cache_path(settings.cache_dir) / "digests.json")
+    return CheckpointSource.open(
+        settings.model, settings.revision, digests=digests, kv_cache_size=settings.kv_cache_size
+    )

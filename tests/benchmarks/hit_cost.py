@@ -20,7 +20,7 @@ from pathlib import Path
 import diskcache
 
 import stablegen
-from stablegen.cache.codec import encode
+from stablegen.store.codec import encode
 
 PROMPTS = [f"Tell me about yourself, number {number}.\nanswer : " for number in range(200)]
 TOKENS = 64

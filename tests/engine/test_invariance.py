@@ -18,27 +18,21 @@ from typing import Any
 import invariance
 import pytest
 import torch
-from invariance import (
-    DTYPES,
-    OTHER_ARCHITECTURES,
-    SIZES,
-    TINY,
+from broken_kernels import (
     AttentionByPages,
     AttentionByTokens,
-    Clients,
-    Comparison,
     LoneDecode,
     ManyRowsDecode,
-    Packed,
     SplitByBatch,
     SplitByLargeBatch,
     SplitBySlot,
-    alone,
+)
+from comparisons import (
+    SIZES,
+    Comparison,
     compare_capacities,
-    compare_companies_of_client,
     compare_cuts,
     compare_edges,
-    compare_forced,
     compare_interleaved,
     compare_limits,
     compare_needle,
@@ -49,19 +43,23 @@ from invariance import (
     compare_prefixes,
     compare_sizes,
     compare_slots,
+    compare_teacher_forced,
     compare_whole_context,
-    exact_engine,
-    fingerprints,
-    fingerprints_elsewhere,
+    padded_companies,
+)
+from engines import (
+    DTYPES,
+    OTHER_ARCHITECTURES,
+    TINY,
+    Packed,
+    alone,
     invariant_engine,
     load_model,
-    main,
     make_engine,
     make_ids,
     make_pool,
     make_request,
     own_model,
-    padded_companies,
     run,
     shared_engine,
     traces,
@@ -69,10 +67,10 @@ from invariance import (
     watch_leases,
     watch_passes,
 )
+from invariance import Clients, compare_companies_of_client, exact_engine, fingerprints, fingerprints_elsewhere, main
 
 from stablegen.client import Client
-from stablegen.core.policy import Batch
-from stablegen.engine.base import Engine
+from stablegen.core.policy import Batch, Shape
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
 from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.self_check import self_check
@@ -80,7 +78,8 @@ from stablegen.errors import PolicyError, PromiseWarning
 from stablegen.kernels.base import KernelSet
 from stablegen.kernels.reference import ReferenceKernels
 
-Begin = Callable[[str, str, Engine], Comparison]
+Begin = Callable[[str, str, Any], Comparison]
+"""Begins the comparison of a property, with a model, under an engine's numerics or a client's."""
 
 GPT2S = ("random-gpt2", "tiny-gpt2")
 PROMPT = 21
@@ -121,7 +120,7 @@ def test_batch_size(compare: Begin, name: str, dtype: str, largest: int, at_once
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_whether_anybody_looks_at_the_scores(compare: Begin, dtype: str) -> None:
+def test_whether_the_scores_are_observed(compare: Begin, dtype: str) -> None:
     engine = shared_engine("random-gpt2", "invariant", dtype)
     comparison = compare("observed or not", "random-gpt2", engine)
     batch = Batch(tuple(make_request(make_ids(i, 1 + 5 * i, 1031), 1 + 7 * i % 19) for i in range(20)))
@@ -183,11 +182,11 @@ def test_bounds_of_the_engine(compare: Begin, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forced_answers(compare: Begin, dtype: str) -> None:
+def test_teacher_forced_answers(compare: Begin, dtype: str) -> None:
     engine = invariant_engine("random-gpt2", dtype)
-    comparison = compare("forced answers", "random-gpt2", engine)
+    comparison = compare("teacher-forced answers", "random-gpt2", engine)
     pool = [make_request(make_ids(i, 1 + 9 * i, 1031), 1 + 11 * i % 40) for i in range(8)]
-    compare_forced(comparison, engine, pool)
+    compare_teacher_forced(comparison, engine, pool)
     comparison.assert_equal()
 
 
@@ -348,7 +347,7 @@ def test_single_repeats(compare: Begin, name: str, dtype: str) -> None:
 )
 def test_padded_company(compare: Begin, name: str, dtype: str, rows: int) -> None:
     engine = shared_engine(name, f"padded:{rows}", dtype)
-    check = self_check(engine, vocabulary_of(name), 64)
+    check = self_check(engine, vocabulary_of(name), Shape(64))
     assert check.passed, check.checks
     comparison = compare("company in a padded batch", name, engine)
     needle, others = needle_of(name), make_pool(name, count=7, longest=60)
@@ -480,7 +479,9 @@ def test_broken_kernels_fail_the_self_check(kernels: type[KernelSet], dtype: str
 
 def test_the_self_check_runs_as_many_rows_as_the_engine() -> None:
     numerics = shared_engine("random-gpt2", "invariant", "float32").numerics
-    assert not self_check(InvariantEngine(broken_model(ManyRowsDecode(), "float32"), numerics, max_rows=128), 1031).passed
+    assert not self_check(
+        InvariantEngine(broken_model(ManyRowsDecode(), "float32"), numerics, max_rows=128), 1031
+    ).passed
     good = InvariantEngine(broken_model(ReferenceKernels(), "float32"), numerics, max_rows=128)
     with watch_passes() as passes:
         assert self_check(good, 1031).passed

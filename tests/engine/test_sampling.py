@@ -13,10 +13,10 @@ from support import client, request, save, small_gpt2
 
 from stablegen.core.params import GenerationParams
 from stablegen.engine.processors import processors_for
-from stablegen.engine.sampling import Chooser, choose
+from stablegen.engine.sampling import TokenSampler, sample
 from stablegen.errors import ParameterError
 from stablegen.kernels.base import RowSummary
-from stablegen.kernels.reference import summarise_rows, log_probs
+from stablegen.kernels.reference import log_probs, summarise_rows
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
 
 ROW = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.25, 0.0, -0.5, -1.0, -1.0, -2.0, -3.0, -30.0])
@@ -34,15 +34,15 @@ def splitmix64(state: int) -> Any:
         yield x ^ (x >> 31)
 
 
-def chooser(seed: int, **settings: Any) -> Chooser:
+def sampler(seed: int, **settings: Any) -> TokenSampler:
     params = GenerationParams(max_new_tokens=1, do_sample=True, seed=seed, **settings)
-    return Chooser(request((1, 2, 3), params=params), torch.device("cpu"))
+    return TokenSampler(request((1, 2, 3), params=params), torch.device("cpu"))
 
 
 def drawn(row: torch.Tensor, seeds: range, **settings: Any) -> RowSummary:
-    choosers = [chooser(seed, **settings) for seed in seeds]
-    scores = row.repeat(len(choosers), 1)
-    return choose(choosers, scores, [0] * len(choosers), summarise_rows(scores).hashes)
+    samplers = [sampler(seed, **settings) for seed in seeds]
+    scores = row.repeat(len(samplers), 1)
+    return sample(samplers, scores, [0] * len(samplers), summarise_rows(scores).hashes)
 
 
 def frequencies(**settings: Any) -> list[int]:
@@ -95,10 +95,11 @@ def test_the_numbers_are_uniform_along_every_axis(axis: str) -> None:
     if axis == "tokens":
         found = uniforms(torch.tensor([state_of(0, 0, 0)]), 20_000)[0]
     else:
-        named = {"seeds": lambda i: (i, 0, 0), "steps": lambda i: (0, 0, i), "samples": lambda i: (0, i, 0)}[axis]
-        found = uniforms(torch.tensor([state_of(*named(i)) for i in range(20_000)]), 3)[:, 2]
+        place = ["seeds", "samples", "steps"].index(axis)
+        named = [tuple(i if at == place else 0 for at in range(3)) for i in range(20_000)]
+        found = uniforms(torch.tensor([state_of(*one) for one in named]), 3)[:, 2]
     assert kstest(found.numpy(), "uniform").pvalue > 1e-3
-    following = torch.stack([found[:-1], found[1:]])
+    following = torch.stack((found[:-1], found[1:]))
     assert abs(torch.corrcoef(following)[0, 1].item()) < 0.03
 
 
@@ -159,7 +160,7 @@ def test_a_greedy_row_keeps_the_runner_ups_own_score() -> None:
     asked = request((1, 2, 3), params=GenerationParams(max_new_tokens=1, repetition_penalty=1.3))
     scores = ROW[None] * 1e-4
     scores[0, 0] = 1000.0
-    best = choose([Chooser(asked, torch.device("cpu"))], scores, [0], summarise_rows(scores).hashes)
+    best = sample([TokenSampler(asked, torch.device("cpu"))], scores, [0], summarise_rows(scores).hashes)
     (penalty,) = processors_for(asked, torch.device("cpu"))
     processed = penalty(torch.tensor([[1, 2, 3]]), scores)
     assert torch.equal(best.scores, processed.gather(1, best.tokens))
@@ -220,14 +221,14 @@ def test_the_hash_tells_the_models_scores_and_the_processed_ones_apart() -> None
 
 
 def test_greedy_and_sampled_rows_choose_side_by_side_what_they_choose_alone() -> None:
-    greedy = Chooser(
+    greedy = TokenSampler(
         request((1, 2, 3), params=GenerationParams(max_new_tokens=1, repetition_penalty=2.0)), torch.device("cpu")
     )
-    rows = [greedy, chooser(4), chooser(5, top_k=2), greedy, chooser(4)]
+    rows = [greedy, sampler(4), sampler(5, top_k=2), greedy, sampler(4)]
     scores = torch.stack([ROW + 0.1 * i for i in range(len(rows))])
-    together = choose(rows, scores, [0] * len(rows), summarise_rows(scores).hashes)
+    together = sample(rows, scores, [0] * len(rows), summarise_rows(scores).hashes)
     for at, one in zip(count(), rows):
-        alone = choose([one], scores[at : at + 1], [0], summarise_rows(scores[at : at + 1]).hashes)
+        alone = sample([one], scores[at : at + 1], [0], summarise_rows(scores[at : at + 1]).hashes)
         for name in ("tokens", "scores", "hashes", "finite"):
             assert torch.equal(getattr(together, name)[at : at + 1], getattr(alone, name))
 

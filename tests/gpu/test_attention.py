@@ -18,16 +18,19 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def operands(dtype: torch.dtype, queries: int, keys: int, heads: int = 12) -> tuple[torch.Tensor, ...]:
+def operands(
+    dtype: torch.dtype, queries: int, keys: int, heads: int = 12
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(queries + keys)
     shapes = ((4, 12, queries, 64), (4, heads, keys, 64), (4, heads, keys, 64))
-    return tuple(torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    q, k, v = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    return q, k, v
 
 
-def expected_of(*args: torch.Tensor, **named: Any) -> torch.Tensor:
+def expected_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **named: Any) -> torch.Tensor:
     """Return what torch computes when this kernel alone is allowed."""
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return scaled_dot_product_attention(*args, **named)
+        return scaled_dot_product_attention(q, k, v, **named)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from engines import DTYPES, invariant_engine, load_model, make_engine, make_ids, make_request
 from fixed_shapes import static_engine
-from invariance import DTYPES, invariant_engine, load_model, make_engine, make_ids, make_request
 
 import stablegen
-from stablegen.core.policy import Batch, capacity_for, load_policy
+from stablegen.core.policy import Batch, Shape, capacity_for, load_policy
 from stablegen.core.request import Request
 from stablegen.engine.base import Engine, Generated
 from stablegen.engine.invariant.engine import InvariantEngine
-from stablegen.engine.sampling import Chooser
+from stablegen.engine.sampling import TokenSampler
 from stablegen.engine.self_check import self_check
 from stablegen.kernels.sampling import gumbel, state_of, uniforms
 
@@ -72,7 +72,7 @@ def companies(asked: Request, others: Sequence[Request]) -> list[Batch]:
 
 
 def others_of(settings: dict[str, Any]) -> list[Request]:
-    kinds = (settings, {}, SAMPLED, PROCESSING["temperature and cuts"])
+    kinds: tuple[dict[str, Any], ...] = (settings, {}, SAMPLED, PROCESSING["temperature and cuts"])
     return [processed(50 + i, 1 + 7 * i % 40, 1 + i % 9, kinds[i % len(kinds)]) for i in range(256)]
 
 
@@ -96,13 +96,13 @@ def test_noise_is_the_same_alone_and_in_a_batch() -> None:
 def test_a_row_is_processed_to_the_same_bits_every_time() -> None:
     torch.manual_seed(0)
     rows = torch.randn(5, VOCABULARY, device="cuda") * 3
-    chooser = Chooser(processed(1, 5, 2, PROCESSING["typical"] | {"top_p": 0.97}), rows.device)
-    first = [chooser.process(row, 0)[1] for row in rows]
+    sampler = TokenSampler(processed(1, 5, 2, PROCESSING["typical"] | {"top_p": 0.97}), rows.device)
+    first = [sampler.process(row, 0)[1] for row in rows]
     busy = torch.randn(2048, 2048, device="cuda")
     for _ in range(60):
         busy = busy @ busy * 1e-3
         for row, expected in zip(rows, first, strict=True):
-            assert torch.equal(chooser.process(row.clone(), 0)[1], expected)
+            assert torch.equal(sampler.process(row.clone(), 0)[1], expected)
     assert all(torch.isinf(row).any() for row in first)
 
 
@@ -138,11 +138,12 @@ def test_one_pass_gives_what_decoding_gave(dtype: str, kind: str) -> None:
     asked = [processed(seed, 1 + 31 * seed, 20, PROCESSING[kind]) for seed in range(1, 6)]
     made = {done.request.key: done.trace for done in engine.generate(Batch(tuple(asked)))}
     engine.forget()
-    with closing(engine.force([(one, made[one.key].tokens) for one in asked])) as forced:
-        assert {asked[place].key: trace for place, trace in forced} == made
+    batch = Batch(tuple(asked))
+    with closing(engine.follow(batch, {one: made[one.key].tokens for one in asked})) as followed:
+        assert {done.request.key: done.trace for done in followed} == made
     engine.forget()
-    begun = [(one, made[one.key].tokens[:7]) for one in asked]
-    with closing(engine.resume(begun)) as resumed:
+    begun = {one: made[one.key].tokens[:7] for one in asked}
+    with closing(engine.generate(batch, begun=begun)) as resumed:
         for done in resumed:
             trace = made[done.request.key]
             assert done.trace.tokens == trace.tokens[7:]
@@ -159,7 +160,7 @@ def test_graphs_and_few_rows_move_no_bit(dtype: str) -> None:
         found = {done.request.key: done.trace for done in engine.generate(Batch(tuple(asked)))}
         expected = expected or found
         assert found == expected
-        recorded = engine.selector._recorded
+        recorded = engine.sampler._recorded
         assert bool(recorded) is (settings != {"graphs": False})
         assert all(rows <= 64 for _, rows, _ in recorded)
 
@@ -200,12 +201,12 @@ def test_fixed_shapes_repeat_what_they_choose(dtype: str, policy: str) -> None:
     engine, launched = (static_engine(model, policy, CONTEXT, graphs=graphs) for graphs in (True, False))
     asked = processed(1, 21, 12, PROCESSING["temperature and cuts"])
     others = [processed(2 + i, 9 + 13 * i, 5 + 9 * i, kind) for i, kind in enumerate(({}, SAMPLED, {}))]
-    rows = [(asked,)] * 2
-    shape = (None, capacity_for(21 + 12))
+    rows: list[tuple[Request | None, ...]] = [(asked,)] * 2
+    shape = Shape(None, capacity_for(21 + 12))
     if policy != "single":
-        shape = (64, 256)
+        shape = Shape(64, 256)
         rows = [(asked, None, None, None), (asked, *others), (*others, asked), (others[1], asked, None, others[0])]
-    traces = [answer(one, Batch(row, *shape), asked).trace for one in (engine, launched) for row in rows]
+    traces = [answer(one, Batch(row, shape), asked).trace for one in (engine, launched) for row in rows]
     assert len(set(traces)) == 1
 
 
@@ -215,11 +216,11 @@ def test_fixed_shapes_repeat_what_they_score(dtype: str, policy: str) -> None:
     engine = make_engine(SMALL, policy, dtype, "cuda")
     asked, others = scored(1, 30, 20), [scored(2 + i, 9 + 7 * i, 4 + 9 * i) for i in range(3)]
     rows: list[tuple[Any, ...]] = [(asked,)] * 2
-    shape: tuple[Any, ...] = (None, None, 0)
+    shape = Shape(None, None, 0)
     if policy != "single":
-        shape = (64, None, 64)
+        shape = Shape(64, None, 64)
         rows = [(asked, None, None, None), (asked, *others), (*others, asked)]
-    found = [answer(engine, Batch(row, *shape), asked) for row in rows]
+    found = [answer(engine, Batch(row, shape), asked) for row in rows]
     assert len({(one.trace, one.logprobs) for one in found}) == 1
 
 
@@ -228,7 +229,7 @@ def test_rows_as_long_as_the_context_are_scored_alike_alone_and_together(dtype: 
     engine = make_engine(SMALL, "padded:2", dtype, "cuda")
     asked, other = scored(1, CONTEXT - 20, 21), scored(2, CONTEXT - 20, 21)
     shape = load_policy("padded:2").shape_of(asked, engine.limits)
-    found = [answer(engine, Batch(rows, *shape), asked) for rows in ((asked, None), (asked, other), (other, asked))]
+    found = [answer(engine, Batch(rows, shape), asked) for rows in ((asked, None), (asked, other), (other, asked))]
     assert len({(one.trace, one.logprobs) for one in found}) == 1
 
 
@@ -300,8 +301,8 @@ def test_sampled_answers_of_other_numerics_are_proved_in_one_pass(dtype: str, tm
     stablegen.stabilize(model, policy="invariant", cache_dir=tmp_path)
     try:
         client = model.stablegen
-        proved = client.verify(list(client.store.records()))
-        afresh = client.verify(list(client.store.records()), from_scratch=True)
+        proved = client.verify(list(client.cache.records()))
+        afresh = client.verify(list(client.cache.records()), from_scratch=True)
         assert [one.fresh.trace for one in proved if one.fresh] == [one.fresh.trace for one in afresh if one.fresh]
         assert len(proved) == 8
     finally:

@@ -13,19 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from invariance import (
-    DTYPES,
-    RESULTS,
+from comparisons import (
     SIZES,
-    Clients,
     Comparison,
-    Packed,
-    alone,
     compare_capacities,
-    compare_companies_of_client,
     compare_cuts,
     compare_edges,
-    compare_forced,
     compare_interleaved,
     compare_limits,
     compare_needle,
@@ -34,29 +27,40 @@ from invariance import (
     compare_phases,
     compare_prefill_with_decode,
     compare_prefixes,
-    compare_replayed,
     compare_sizes,
     compare_slots,
+    compare_teacher_forced,
     compare_whole_context,
-    exact_engine,
-    fingerprints,
-    fingerprints_elsewhere,
+    padded_companies,
+)
+from engines import (
+    DTYPES,
+    Packed,
+    alone,
     invariant_engine,
     load_model,
     make_engine,
     make_ids,
     make_pool,
     make_request,
-    obstacle,
     own_model,
-    padded_companies,
     run,
     shared_engine,
     traces,
     watch_passes,
 )
+from invariance import (
+    RESULTS,
+    Clients,
+    compare_companies_of_client,
+    compare_replayed,
+    exact_engine,
+    fingerprints,
+    fingerprints_elsewhere,
+    obstacle,
+)
 
-from stablegen.core.policy import Batch, load_policy
+from stablegen.core.policy import Batch, Shape, load_policy
 from stablegen.engine.base import Engine
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
 from stablegen.engine.invariant.engine import InvariantEngine
@@ -66,7 +70,8 @@ from stablegen.machine.plan import find_device, numerics_on
 
 pytestmark = pytest.mark.gpu
 
-Begin = Callable[[str, str, Engine], Comparison]
+Begin = Callable[[str, str, Any], Comparison]
+"""Begins the comparison of a property, with a model, under an engine's numerics or a client's."""
 
 SMALL = "gpt2-small"
 """Random weights: the shapes of the real one."""
@@ -224,12 +229,12 @@ def test_length_and_past_of_the_cache(compare: Begin, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forced_answers(compare: Begin, name: str, dtype: str) -> None:
+def test_teacher_forced_answers(compare: Begin, name: str, dtype: str) -> None:
     engine = invariant(name, dtype)
-    comparison = compare("forced answers", name, engine)
+    comparison = compare("teacher-forced answers", name, engine)
     # more steps than a pass may choose
     pool = [make_request(make_ids(i, 1 + 9 * i, VOCABULARY), 128 - 3 * i) for i in range(40)]
-    compare_forced(comparison, engine, pool)
+    compare_teacher_forced(comparison, engine, pool)
     comparison.assert_equal()
 
 
@@ -280,7 +285,7 @@ def test_a_recorded_packed_pass_moves_no_bit(compare: Begin, name: str, dtype: s
         requests = [make_request(make_ids(i, 40 + 3 * i, VOCABULARY), 12) for i in range(size)]
         batch = Batch(tuple(requests))
         expected = run(launched, batch)
-        answers = [(request, expected[slot].trace.tokens) for slot, request in enumerate(requests)]
+        answers = {request: expected[slot].trace.tokens for slot, request in enumerate(requests)}
         for again in range(4):
             for engine in (launched, recorded):
                 engine.forget()
@@ -290,8 +295,9 @@ def test_a_recorded_packed_pass_moves_no_bit(compare: Begin, name: str, dtype: s
                     comparison.add(f"{size} prompts, {again}", expected[slot].scores, answer.scores)
             for slot, trace in traces(recorded, batch).items():
                 comparison.add_hashes(f"{size} prompts, {again}", expected[slot].trace.score_hash, trace.score_hash)
-            for place, trace in recorded.force(answers):
-                comparison.add_hashes(f"{size} answers, {again}", expected[place].trace.score_hash, trace.score_hash)
+            for done in recorded.follow(batch, answers):
+                known = expected[done.composition.slot].trace.score_hash
+                comparison.add_hashes(f"{size} answers, {again}", known, done.trace.score_hash)
     assert recorded._memory is not None
     choices = {(key.size[2], key.vocabulary is not None) for key in recorded._memory.packed._recorded}
     assert choices >= {(1, True), (1, False), (2, True), (2, False), (8, False), (16, False)}, choices
@@ -304,7 +310,7 @@ def test_another_stream_and_a_busy_gpu(compare: Begin, dtype: str) -> None:
     comparison = compare("busy GPU, another stream", SMALL, engine)
     batch, longer = Batch(tuple(make_pool(SMALL, count=9))), Batch((needle_of(300, steps=100), needle_of(9, steps=2)))
     expected = run(engine, batch)
-    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     load = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     for trial in range(3):
@@ -439,7 +445,7 @@ def test_single_repeats(compare: Begin, dtype: str) -> None:
 def test_padded_company(compare: Begin, name: str, dtype: str, rows: int) -> None:
     engine = engine_of(name, f"padded:{rows}", dtype)
     for width, longest in ((64, 60), (192, 180)):
-        check = self_check(engine, VOCABULARY, width)
+        check = self_check(engine, VOCABULARY, Shape(width))
         assert check.passed, check.checks
         comparison = compare(f"company in a padded batch, width {width}", name, engine)
         needle, others = needle_of(), make_pool(name, count=7, longest=longest)

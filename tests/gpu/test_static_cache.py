@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import Comparison, padded_companies
+from engines import DTYPES, TINY, Answer, load_model, make_engine, run
 from fixed_shapes import STATIC, alone, asked, small_model, static_engine
-from invariance import DTYPES, TINY, Answer, Comparison, load_model, make_engine, padded_companies, run
 
-import stablegen.engine.transformers.static_cache as module
+import stablegen.engine.transformers.static_decoding as module
 from stablegen.client import Client
 from stablegen.core.policy import CAPACITY_STEP, Batch, Padded, Shape
 from stablegen.core.request import Request
@@ -58,7 +59,7 @@ def assert_captured(engine: TransformersEngine) -> None:
 def mixed_batch(rows: int = 4) -> Batch:
     """Return a padded batch whose rows end at different steps, one of them filler."""
     made = [needle_of(seed, 1 + 13 * seed % 60, 1 + 7 * seed) for seed in range(1, rows)]
-    return Batch((*made, None), 64, CAPACITY_STEP)
+    return Batch((*made, None), Shape(64, CAPACITY_STEP))
 
 
 # --- a graph and a launch ---------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_a_graph_moves_no_bit(compare: Begin, policy: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", sorted(STATIC_MODELS))
 def test_every_architecture_is_captured(kind: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     model = small_model(kind, dtype, "cuda")
-    batch = Batch((asked(1, 9, 20), asked(2, 40, 11), None), 64)
+    batch = Batch((asked(1, 9, 20), asked(2, 40, 11), None), Shape(64))
     captured, launched = static_engine(model, "padded:3"), static_engine(model, "padded:3", graphs=False)
     with caplog.at_level(logging.WARNING, logger="stablegen"):
         found, expected = run(captured, batch), run(launched, batch)
@@ -104,7 +105,7 @@ def test_it_says_what_the_model_says(dtype: str) -> None:
     exact_model = deepcopy(model).double()
     single, padded = engine_of(dtype, "single"), engine_of(dtype, "padded:4")
     requests = [needle_of(1, 1, 30), needle_of(2, 63, 30), needle_of(3, 40, 30)]
-    together = run(padded, Batch((*requests, None), 64))
+    together = run(padded, Batch((*requests, None), Shape(64)))
     for slot, one in enumerate(requests):
         for answer in (alone(single, one), together[slot]):
             ids = torch.tensor([one.prompt_ids + answer.trace.tokens], device="cuda")
@@ -138,13 +139,13 @@ def test_padded_company(compare: Begin, dtype: str, rows: int) -> None:
     needle, others = needle_of(1, 21, 20), [needle_of(i, 1 + 8 * i, 1 + 6 * i) for i in range(2, 9)]
     for capacity in (256, 768):
         shape = Shape(128, capacity)
-        check = self_check(engine, VOCABULARY, *shape)
+        check = self_check(engine, VOCABULARY, shape)
         assert check.passed, check.checks
         comparison = compare(f"company in a padded batch, capacity {capacity}", SMALL, engine)
         companies = padded_companies(needle, others, rows, 128, moved=check.slot_free)
         expected: Answer | None = None
         for situation, batch in companies.items():
-            answers = run(engine, Batch(batch.rows, *shape))
+            answers = run(engine, Batch(batch.rows, shape))
             found = next(answers[slot] for slot, one in batch.requests if one is needle)
             expected = expected or found
             comparison.add(situation, expected.scores, found.scores)
@@ -154,7 +155,7 @@ def test_padded_company(compare: Begin, dtype: str, rows: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_breaks_what_padded_promises(compare: Begin, dtype: str) -> None:
     engine = make_engine(SMALL, "native", dtype, "cuda")
-    assert not engine.numerics.static_cache
+    assert not engine.numerics.static
     comparison = compare("control", SMALL, engine)
     needle, *others = [needle_of(i, 1 + 8 * i, 8) for i in range(1, 17)]
     expected = run(engine, Batch((needle,)))[0].scores
@@ -167,11 +168,11 @@ def test_native_breaks_what_padded_promises(compare: Begin, dtype: str) -> None:
 def test_an_end_token_ends_an_answer(dtype: str) -> None:
     engine = engine_of(dtype, "padded:2")
     other = needle_of(2, 30, 30)
-    whole = run(engine, Batch((needle_of(1, 9, 30), other), 64, CAPACITY_STEP))
+    whole = run(engine, Batch((needle_of(1, 9, 30), other), Shape(64, CAPACITY_STEP)))
     tokens = whole[0].trace.tokens
     for step in (0, 1, 7, 8, 20):
         ending = needle_of(1, 9, 30, eos_token_ids=(tokens[step],))
-        batch = Batch((ending, other), 64, CAPACITY_STEP)
+        batch = Batch((ending, other), Shape(64, CAPACITY_STEP))
         done = {one.composition.slot: one for one in engine.generate(batch)}
         assert done[0].finish_reason == "stop"
         assert done[0].trace.tokens == tokens[: tokens.index(tokens[step]) + 1]
@@ -190,8 +191,8 @@ def test_up_to_the_context(compare: Begin, dtype: str) -> None:
         comparison.add("again", expected.scores, alone(single, one).scores)
         (batch,) = Padded(2).plan([one], padded.limits)
         # padding takes places in the KV cache too
-        assert batch.capacity is not None and batch.capacity > CONTEXT
-        beside = Batch((one, needle_of(2, CONTEXT - 64, 3)), batch.width, batch.capacity)
+        assert batch.shape.capacity is not None and batch.shape.capacity > CONTEXT
+        beside = Batch((one, needle_of(2, CONTEXT - 64, 3)), batch.shape)
         comparison.add("beside another", run(padded, batch)[0].scores, run(padded, beside)[0].scores)
     comparison.assert_equal()
 
@@ -200,9 +201,9 @@ def test_up_to_the_context(compare: Begin, dtype: str) -> None:
 def test_another_stream_and_a_busy_gpu(compare: Begin, dtype: str) -> None:
     engine = engine_of(dtype, "padded:4")
     comparison = compare("busy GPU, another stream", SMALL, engine)
-    batch, other_batch = mixed_batch(), Batch((needle_of(9, 30, 9), None, None, None), 64, 512)
+    batch, other_batch = mixed_batch(), Batch((needle_of(9, 30, 9), None, None, None), Shape(64, 512))
     expected = run(engine, batch)
-    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     load = torch.ones(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     for trial in range(3):
@@ -223,12 +224,12 @@ def test_another_stream_and_a_busy_gpu(compare: Begin, dtype: str) -> None:
 
 @pytest.mark.parametrize("policy", ["single", "padded:4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_being_led_along_its_own_answer_moves_nothing(compare: Begin, dtype: str, policy: str) -> None:
+def test_teacher_forcing_its_own_answer_moves_nothing(compare: Begin, dtype: str, policy: str) -> None:
     engine = engine_of(dtype, policy)
-    comparison = compare("led along its own answer", SMALL, engine)
+    comparison = compare("teacher-forced with its own answer", SMALL, engine)
     batch = mixed_batch() if policy != "single" else Batch((needle_of(2, 60, 20),))
     own = {slot: answer.trace for slot, answer in run(engine, batch).items()}
-    for done in engine.follow(batch, {slot: trace.tokens for slot, trace in own.items()}):
+    for done in engine.follow(batch, {request: own[slot].tokens for slot, request in batch.requests}):
         slot = done.composition.slot
         comparison.add_hashes(f"slot {slot}", own[slot].score_hash, done.trace.score_hash)
     comparison.assert_equal()
@@ -239,7 +240,10 @@ def test_being_led_along_its_own_answer_moves_nothing(compare: Begin, dtype: str
 
 def test_batches_follow_one_another() -> None:
     engine = engine_of("bfloat16", "padded:4")
-    first, second = mixed_batch(), Batch(tuple(needle_of(seed, 60, 20) for seed in range(5, 9)), 64, CAPACITY_STEP)
+    first, second = (
+        mixed_batch(),
+        Batch(tuple(needle_of(seed, 60, 20) for seed in range(5, 9)), Shape(64, CAPACITY_STEP)),
+    )
     expected = [{slot: answer.trace for slot, answer in run(engine, batch).items()} for batch in (first, second)]
     assert len(decoders(engine)) == 1
     torch.cuda.synchronize()
@@ -285,7 +289,7 @@ def test_a_graph_needs_nothing_that_torch_may_give_back(dtype: str, policy: str)
 
 def test_batches_of_one_shape_may_take_turns() -> None:
     engine = engine_of("bfloat16", "padded:2")
-    batches = [Batch((needle_of(seed, 9, 30), needle_of(seed + 1, 30, 2)), 64, CAPACITY_STEP) for seed in (1, 3)]
+    batches = [Batch((needle_of(seed, 9, 30), needle_of(seed + 1, 30, 2)), Shape(64, CAPACITY_STEP)) for seed in (1, 3)]
     expected = [{slot: answer.trace for slot, answer in run(engine, batch).items()} for batch in batches]
     running = [engine.generate(batch) for batch in batches]
     for slot in (1, 0):
@@ -298,16 +302,16 @@ def test_a_step_that_cannot_be_captured_is_launched() -> None:
     code = """
 import json, logging
 import torch
+from engines import run
 from fixed_shapes import asked, small_model, static_engine
-from invariance import run
-from stablegen.core.policy import Batch
+from stablegen.core.policy import Batch, Shape
 
 heard = []
 handler = logging.Handler()
 handler.emit = lambda record: heard.append(record.getMessage())
 logging.getLogger("stablegen").addHandler(handler)
 model = small_model("gpt2", device="cuda")
-batches = [Batch((asked(1, 9, 12), None), 64, capacity) for capacity in (256, 512)]
+batches = [Batch((asked(1, 9, 12), None), Shape(64, capacity)) for capacity in (256, 512)]
 expected = [run(static_engine(model, "padded:2", graphs=False), batch)[0].trace for batch in batches]
 looks = []
 model.register_forward_hook(lambda module, given, out: looks.append(out.logits.sum().item()))
@@ -334,10 +338,10 @@ def test_through_the_client(tmp_path: Path, policy: str) -> None:
 
     model, tokenizer = load_model("tiny-gpt2", "bfloat16", "cuda"), Tokenizer.from_file(str(TINY / "tokenizer.json"))
     with Client(model, tokenizer, policy=policy, cache_dir=tmp_path / "one") as asking:
-        assert asking.numerics.kernels == STATIC
+        assert {name: getattr(asking.numerics, name) for name in STATIC} == STATIC
         made = asking.complete(["Hello", "What is", "Once upon a time"], max_new_tokens=24)
-        assert {done.record.composition.capacity for done in made} == {CAPACITY_STEP}
-        assert {done.record.numerics.kernels for done in made} == {STATIC}
+        assert {done.record.composition.shape.capacity for done in made} == {CAPACITY_STEP}
+        assert {done.record.numerics for done in made} == {asking.numerics}
         assert {done.verdict.status for done in made} == {"exact"}
     with Client(model, tokenizer, policy=policy, cache_dir=tmp_path / "one", on_risk="verify") as later:
         again = later.complete(["Once upon a time", "Hello"], max_new_tokens=24)

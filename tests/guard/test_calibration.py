@@ -17,14 +17,15 @@ from support import request as make_request
 
 from stablegen import cli
 from stablegen.core.calibration import VERSION, Calibration
-from stablegen.core.policy import Batch
-from stablegen.engine.base import FollowingEngine
+from stablegen.core.policy import Batch, Shape, load_policy
+from stablegen.engine.base import Engine
 from stablegen.engine.transformers.engine import TransformersEngine
 from stablegen.errors import CalibrationError, InvalidRequestError
 from stablegen.guard.calibration import fit
 from stablegen.guard.verdicts import judge
 from stablegen.lab.prompts import SAMPLE
 from stablegen.reports.audit import brier, calibration_error, reliability
+from stablegen.sources.checkpoint import CheckpointSource
 
 NATIVE = numerics(policy="native")
 HELD_OUT = [
@@ -112,10 +113,12 @@ def test_a_calibration_survives_the_cache_and_another_version_is_none(tmp_path: 
     noise = steady(random.Random(1), 0.1)
     found = fit(MODEL, NATIVE, NATIVE, [(one, shaken(one, noise)) for one in traces(2, 50)], prompts=50)
     with client(tmp_path) as asking:
-        asking.cache.put_calibration("one", found)
-        asking.cache.put_calibration("two", found.model_copy(update={"version": VERSION + 1}))
-        again = asking.cache.get_calibration("one")
-        assert asking.cache.get_calibration("two") is None
+        later = numerics(policy="native", torch="9.9")
+        asking.cache.put_calibration(found)
+        asking.cache.put_calibration(found.model_copy(update={"version": VERSION + 1, "current": later}))
+        again = asking.cache.calibration(MODEL, NATIVE, NATIVE)
+        assert again is not None
+        assert asking.cache.calibration(MODEL, NATIVE, later) is None
         assert asking.cache.calibrations() == [found]
         assert asking.cache.stats().calibrations == 2
     assert again == found
@@ -133,31 +136,29 @@ def test_the_guard_says_on_what_it_rests() -> None:
     assert judge(hit, NATIVE, check=None).basis == "prior"
 
 
-# --- being led along --------------------------------------------------------------------------------------------------
+# --- teacher forcing --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [None, partial(static_engine, policy="padded:3")], ids=["growing", "static"])
-def test_being_led_along_its_own_answer_moves_nothing(tmp_path: Path, make: Any) -> None:
+def test_teacher_forcing_an_engines_own_answer_moves_nothing(tmp_path: Path, make: Any) -> None:
     if make is None:
-        with client(tmp_path, policy="padded:3") as asking:
-            asking.self_check()
-            engine: Any = asking._engine
+        source = CheckpointSource.open(small_directory())
+        engine: Engine = source.start(source.plan(load_policy("padded:3"), "float32", "cpu"))
     else:
         engine = make(small_model("gpt2"))
-    assert isinstance(engine, FollowingEngine)
-    rows = (make_request(range(1, 10), new=12), None, make_request(range(5, 8), new=4))
-    batch = Batch(rows, 64, 256 if make else None)
-    own = {done.composition.slot: done.trace for done in engine.generate(batch)}
-    along = {slot: trace.tokens for slot, trace in own.items()}
-    assert {done.composition.slot: done.trace for done in engine.follow(batch, along)} == own
+    one, other = make_request(range(1, 10), new=12), make_request(range(5, 8), new=4)
+    batch = Batch((one, None, other), Shape(64, 256 if make else None))
+    own = {done.request: done.trace for done in engine.generate(batch)}
+    answers = {request: trace.tokens for request, trace in own.items()}
+    assert {done.request: done.trace for done in engine.follow(batch, answers)} == own
     # along another's tokens the first step is its own, and so are the later ones no more
-    edited = along | {0: (along[0][0] ^ 1, *along[0][1:])}
-    led = {done.composition.slot: done.trace for done in engine.follow(batch, edited)}
-    assert led[2] == own[2]
-    assert len(led[0]) == len(own[0])
-    assert led[0].score_hash[0] == own[0].score_hash[0]
-    assert set(led[0].score_hash[1:]).isdisjoint(own[0].score_hash[1:])
-    assert {done.composition.slot: done.trace for done in engine.generate(batch)} == own
+    edited = answers | {one: (answers[one][0] ^ 1, *answers[one][1:])}
+    forced = {done.request: done.trace for done in engine.follow(batch, edited)}
+    assert forced[other] == own[other]
+    assert len(forced[one]) == len(own[one])
+    assert forced[one].score_hash[0] == own[one].score_hash[0]
+    assert set(forced[one].score_hash[1:]).isdisjoint(own[one].score_hash[1:])
+    assert {done.request: done.trace for done in engine.generate(batch)} == own
 
 
 # --- noise that really occurs -----------------------------------------------------------------------------------------

@@ -1,31 +1,21 @@
-"""The bench: what it plans, how it measures, what it shows; no figure of a real clock is judged."""
+"""The benchmark: what it plans and how it measures; no figure of a real clock is judged."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from support import small_gpt2
 
-from stablegen import cli
-from stablegen.errors import DeviceMemoryError, EngineError, MissingPackageError, ParameterError
-from stablegen.lab import arms as arms_module
-from stablegen.lab import bench
-from stablegen.lab.arms import ARMS, Arm, EagerArm, StaticArm
-from stablegen.lab.bench import Bench, Cell, Floor, Options, Plan, Report, Spread, compare, make_plan
-from stablegen.lab.machine import machine_of
-from stablegen.lab.plot import check_plot
+from stablegen.errors import DeviceMemoryError, EngineError, ParameterError
+from stablegen.lab import bench, gauges
+from stablegen.lab.arms import Arm, known_arms
+from stablegen.lab.bench import Bench
+from stablegen.lab.bench_plan import Options, make_plan
+from stablegen.lab.compared import arm_names
+from stablegen.lab.reports.bench import OUT_OF_MEMORY, Cell, Floor, Plan, Spread, compare
 from stablegen.lab.subject import Subject
 from stablegen.machine.device import Device
 
@@ -36,32 +26,36 @@ GPU = Device("cuda:0", "a GPU", capability=(9, 0), sm_count=132)
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
-def plan(*, on_gpu: bool = False, context: int = 1024, **asked: Any) -> Plan:
-    return make_plan(Options(**asked), GPU if on_gpu else CPU, context)
+def plan(*, device: Device = CPU, context: int = 1024, known: dict[str, bool] | None = None, **asked: Any) -> Plan:
+    if known is None:
+        known = {name: make().once for name, make in known_arms().items()}
+    return make_plan(Options(**asked), device, context, known)
 
 
 def test_a_gpu_gets_the_whole_table_and_a_cpu_a_small_one() -> None:
-    large, small = plan(on_gpu=True), plan()
+    large, small = plan(device=GPU), plan()
     assert (large.batches, large.prompt, large.tokens, large.repeats) == ((1, 8, 32, 64, 256), 32, 128, 5)
     assert (large.dtypes, large.prefill, large.golden) == (("float32", "bfloat16"), (16, 512), 1000)
     assert (small.batches, small.tokens, small.dtypes) == ((1, 4), 16, ("float32",))
-    assert large.arms == small.arms == tuple(ARMS)
+    assert large.arms == small.arms == arm_names()
     assert large.short == 32
     old = Device("cuda:0", "an old GPU", capability=(7, 5), sm_count=40)
-    assert make_plan(Options(), old, 1024).dtypes == ("float32", "float16")
+    assert plan(device=old).dtypes == ("float32", "float16")
 
 
 def test_slow_arms_are_measured_once_unless_they_are_named() -> None:
-    assert plan().at(1) == list(ARMS)
-    assert plan().at(8) == [name for name in ARMS if name not in ("single", "static")]
+    assert plan().at(1) == list(arm_names())
+    assert plan().at(8) == [name for name in arm_names() if name not in ("single", "static")]
     assert plan(arms=["single", "eager"]).at(8) == ["single", "eager"]
 
 
 def test_the_rest_shrinks_to_a_short_context() -> None:
     assert plan(context=60).prefill == (2, 59)
     assert plan(context=60).golden == 0
-    assert plan(context=200, on_gpu=True).prefill == (16, 199)
-    assert max(bench.golden_lengths(500, 100)) == 36
+    assert plan(context=200, device=GPU).prefill == (16, 199)
+    short = plan(context=100)
+    assert short.golden_lengths == (5, 36)
+    assert max(bench.golden_lengths(500, *short.golden_lengths)) == 36
     assert plan(prefill="0", golden=0) == plan(prefill="0", golden=0, batches=[1, 4, 1])
     assert plan(prefill="0").prefill is None
 
@@ -93,7 +87,7 @@ def test_a_golden_set_needs_a_context() -> None:
         plan(context=60, golden=3)
 
 
-# --- measuring, by a clock that tells what it is told -----------------------------------------------------------------
+# --- measuring, by a clock that the test sets -------------------------------------------------------------------------
 
 
 class FakeClock:
@@ -109,7 +103,7 @@ LOG: list[tuple[str, int, tuple[tuple[int, ...], ...]]] = []
 
 
 class FakeArm(Arm):
-    """Takes a second a call and ``pace`` seconds a token; notes what it was given."""
+    """Takes a second a call and ``pace`` seconds a token; logs what it was given."""
 
     about = ""
     pace = 1.0
@@ -125,18 +119,20 @@ class FakeArm(Arm):
         LOG.append((self.name, -1, ()))
 
 
-class FakeInvariant(FakeArm):
-    name = label = "invariant"
+class Fast(FakeArm):
+    name = label = "fast"
     pace = 0.5
+    golden_runs = 3
 
 
-class FakeEager(FakeArm):
+class Slow(FakeArm):
     name = label = "eager"
     pace = 2.0
+    golden_runs = 1
 
 
 class Broken(FakeArm):
-    name = label = "vendor"
+    name = label = "broken"
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         super().run(prompts, new_tokens)
@@ -145,102 +141,114 @@ class Broken(FakeArm):
 
 
 class TooLarge(FakeArm):
-    name = label = "padded"
-    error: ClassVar[Exception] = torch.OutOfMemoryError("CUDA out of memory")
+    name = label = "large"
+    error: BaseException = torch.OutOfMemoryError("CUDA out of memory")
 
     def prepare(self, subject: Subject, batch: int | None, reach: int) -> None:
         raise self.error
 
 
 class WrongLength(FakeArm):
-    name = label = "single"
+    name = label = "short"
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         raise EngineError("3 tokens were generated where 4 were asked for")
 
 
-FAKES = {arm.name: arm for arm in (FakeInvariant, FakeEager, Broken, TooLarge, WrongLength)}
+FAKES = {arm.name: arm for arm in (Fast, Slow, Broken, TooLarge, WrongLength)}
 SUBJECT = Subject(None, "float32", CPU, 256, 50_000)
+
+MakeBench = Callable[..., tuple[Bench, list[int]]]
 
 
 @pytest.fixture
-def fake() -> Callable[..., tuple[Bench, list[int]]]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> MakeBench:
     LOG.clear()
     CLOCK.now = 0.0
+    monkeypatch.setattr(bench, "free_memory", lambda _: None)
 
     def make(**asked: Any) -> tuple[Bench, list[int]]:
         ticks: list[int] = []
         wanted = {"prompt": 3, "tokens": 8, "repeats": 3, "prefill": "2x5", "golden": 70} | asked
-        planned = plan(context=256, arms=list(FAKES), **wanted)
+        planned = plan(context=256, known=dict.fromkeys(FAKES, False), **wanted)
         return Bench(SUBJECT, planned, CLOCK, lambda: ticks.append(1), FAKES), ticks
 
     return make
 
 
-def test_a_step_is_the_difference_of_two_calls(fake: Callable[..., Any]) -> None:
+def median(spread: Spread | None) -> float:
+    assert spread is not None
+    return spread.median
+
+
+def test_a_step_is_the_difference_of_two_calls(fake: MakeBench) -> None:
     measured, ticks = fake()
-    invariant, eager = measured.decode(["invariant", "eager"], 2)
-    assert invariant.step.values == (0.5, 0.5, 0.5)
-    assert (invariant.call.median, eager.step.median, eager.call.median) == (5.0, 2.0, 17.0)
-    assert invariant.tokens_per_second == 16 / 5
-    assert (invariant.batch, invariant.new_tokens, invariant.peak_memory) == (2, 8, None)
+    fast, slow = measured.decode(["fast", "eager"], 2)
+    assert fast.step is not None
+    assert fast.step.values == (0.5, 0.5, 0.5)
+    assert (median(fast.call), median(slow.step), median(slow.call)) == (5.0, 2.0, 17.0)
+    assert fast.tokens_per_second == 16 / 5
+    assert (fast.batch, fast.new_tokens, fast.peak_memory) == (2, 8, None)
     assert len(ticks) == 8
 
 
-def test_arms_take_turns_after_their_warm_up_and_no_prompt_comes_twice(fake: Callable[..., Any]) -> None:
+def test_arms_take_turns_after_their_warm_up_and_no_prompt_comes_twice(fake: MakeBench) -> None:
     measured, _ = fake()
-    measured.decode(["invariant", "eager"], 2)
+    measured.decode(["fast", "eager"], 2)
     runs = [(name, tokens) for name, tokens, _ in LOG]
-    warm = [("invariant", 8), ("invariant", 2), ("eager", 8), ("eager", 2)]
-    turn = [[(name, 8), (name, 2)] for name in ("invariant", "eager")]
-    assert runs == warm + turn[0] + turn[1] + turn[1] + turn[0] + turn[0] + turn[1] + [("invariant", -1), ("eager", -1)]
-    mine = [prompts for name, _, prompts in LOG if name == "invariant" and prompts]
+    warm = [("fast", 8), ("fast", 2), ("eager", 8), ("eager", 2)]
+    turn = [[(name, 8), (name, 2)] for name in ("fast", "eager")]
+    assert runs == warm + turn[0] + turn[1] + turn[1] + turn[0] + turn[0] + turn[1] + [("fast", -1), ("eager", -1)]
+    mine = [prompts for name, _, prompts in LOG if name == "fast" and prompts]
     assert len({prompt for prompts in mine for prompt in prompts}) == 2 * len(mine) == 16
     assert [prompts for name, _, prompts in LOG if name == "eager" and prompts] == mine
-    assert all(len(prompt) == 3 for prompts in mine for prompt in prompts)
+    assert {len(prompt) for prompts in mine for prompt in prompts} == {3}
 
 
-def test_an_arm_that_fails_says_why_and_the_others_go_on(
-    fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arm_that_fails_says_why_and_the_others_go_on(fake: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, ticks = fake()
-    cells = {cell.arm: cell for cell in measured.decode(["vendor", "padded", "single", "eager"], 2)}
-    assert cells["vendor"].problem == "ValueError: [no] such kernel"
-    assert cells["padded"].problem == bench.OUT_OF_MEMORY
-    assert cells["single"].problem == "3 tokens were generated where 4 were asked for."
-    assert cells["eager"].step.median == 2.0
-    assert (cells["vendor"].step, cells["vendor"].call) == (None, None)
+    cells = {cell.arm: cell for cell in measured.decode(["broken", "large", "short", "eager"], 2)}
+    assert cells["broken"].problem == "ValueError: [no] such kernel"
+    assert cells["large"].problem == OUT_OF_MEMORY
+    assert cells["short"].problem == "3 tokens were generated where 4 were asked for."
+    assert median(cells["eager"].step) == 2.0
+    assert (cells["broken"].step, cells["broken"].call) == (None, None)
     assert len(ticks) == 16
     monkeypatch.setattr(TooLarge, "error", DeviceMemoryError("a batch did not fit"))
-    (cell,) = measured.decode(["padded"], 2)
-    assert cell.problem == bench.OUT_OF_MEMORY
+    (cell,) = measured.decode(["large"], 2)
+    assert cell.problem == OUT_OF_MEMORY
     monkeypatch.setattr(TooLarge, "error", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        measured.decode(["padded"], 2)
+        measured.decode(["large"], 2)
 
 
-def test_prefill_is_a_call_of_one_token(fake: Callable[..., Any]) -> None:
+def test_prefill_is_a_call_of_one_token(fake: MakeBench) -> None:
     measured, ticks = fake()
-    invariant, eager = measured.prefill(["invariant", "eager"])
-    assert (invariant.call.values, eager.call.median, invariant.step) == ((1.5,) * 12, 3.0, None)
-    assert invariant.tokens_per_second == 10 / 1.5
+    fast, slow = measured.prefill(["fast", "eager"])
+    assert fast.call is not None
+    assert (fast.call.values, median(slow.call), fast.step) == ((1.5,) * 12, 3.0, None)
+    assert fast.tokens_per_second == 10 / 1.5
     assert len({prompts for name, _, prompts in LOG if name == "eager" and prompts}) == 13
     assert {tokens for _, tokens, _ in LOG} == {1, -1}
     assert len(ticks) == 26
     assert fake(prefill="0")[0].prefill(["eager"]) == []
 
 
-def test_the_golden_set_is_run_thrice_and_once_by_transformers(fake: Callable[..., Any]) -> None:
+def test_the_golden_set_is_run_as_often_as_each_arm_says(fake: MakeBench) -> None:
     measured, ticks = fake()
-    invariant, eager = measured.golden(["invariant", "eager"])
-    assert (len(invariant.call.values), len(eager.call.values)) == (3, 1)
-    assert eager.tokens_per_second == 70 * 64 / (1 + 2 * 64)
+    fast, slow = measured.golden(["fast", "eager"])
+    assert fast.call is not None and slow.call is not None
+    assert (len(fast.call.values), len(slow.call.values)) == (3, 1)
+    assert slow.tokens_per_second == 70 * 64 / (1 + 2 * 64)
     counts = [(name, len(prompts)) for name, _, prompts in LOG if prompts]
-    assert counts == [*[("invariant", 70), ("eager", 70)] * 2, *[("invariant", 70)] * 2]
+    assert counts == [*[("fast", 70), ("eager", 70)] * 2, *[("fast", 70)] * 2]
     sizes = {len(prompt) for _, _, prompts in LOG for prompt in prompts}
     assert (min(sizes) >= 5, max(sizes) <= 192) == (True, True)
     assert len(ticks) == 6
     assert fake(golden=0)[0].golden(["eager"]) == []
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_spread_says_what_it_summarises() -> None:
@@ -266,7 +274,7 @@ def test_ratios_are_between_arms_of_one_dtype_and_batch() -> None:
     found = compare(
         [
             *(cell("invariant", 1.0), cell("vendor", 0.5), cell("eager", 4.0)),
-            *(cell("invariant", 2.0, batch=8), cell("eager", None, batch=8, problem=bench.OUT_OF_MEMORY)),
+            *(cell("invariant", 2.0, batch=8), cell("eager", None, batch=8, problem=OUT_OF_MEMORY)),
             *(cell("invariant", 3.0, dtype="bfloat16"), cell("padded", 0.0)),
         ],
         floors,
@@ -285,10 +293,10 @@ def test_the_floor_counts_what_a_step_reads() -> None:
     words, positions, width = 4096, 256, 32
     layer = 12 * width * width + 13 * width
     stack = 2 * layer + 2 * width
-    assert bench.step_bytes(tied) == 4 * (stack + words * width)
-    assert bench.step_bytes(untied) == 4 * (stack + words * width)
-    assert sum(p.numel() for p in tied.parameters()) == stack + words * width + positions * width
-    assert bench.step_bytes(tied.half()) == 2 * (stack + words * width)
+    assert gauges.step_bytes(tied) == 4 * (stack + words * width)
+    assert gauges.step_bytes(untied) == 4 * (stack + words * width)
+    assert gauges.weight_bytes(tied) == 4 * (stack + words * width + positions * width)
+    assert gauges.step_bytes(tied.half()) == 2 * (stack + words * width)
 
 
 def test_bandwidth_counts_what_is_read_and_what_is_written() -> None:
@@ -298,7 +306,7 @@ def test_bandwidth_counts_what_is_read_and_what_is_written() -> None:
         clock.now += 0.5
         return clock.now
 
-    found = bench.measure_bandwidth("cpu", advancing, size=1000)
+    found = gauges.measure_bandwidth("cpu", advancing, size=1000)
     assert (found.bytes_copied, found.bytes_per_second, len(found.seconds.values)) == (1000, 4000.0, 5)
 
 
@@ -312,8 +320,8 @@ def test_an_arms_peak_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: memory["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: memory["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: memory.update(peak=memory["now"]))
-    gauge = bench.Gauge("cuda:0")
-    with gauge.phase(counts=False):  # loads a copy, of which a part stays
+    gauge = gauges.Gauge("cuda:0")
+    with gauge.phase(counts=False):  # loads a copy, part of which stays
         allocate(50)
         allocate(-30)
     assert gauge.peak is None
@@ -323,239 +331,7 @@ def test_an_arms_peak_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatc
             allocate(7)
             allocate(-5)
     assert gauge.peak == 20 + 2 + 7
-    nothing = bench.Gauge("cpu")
+    nothing = gauges.Gauge("cpu")
     with nothing.phase():
         pass
     assert nothing.peak is None
-
-
-# --- the arms ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def subject() -> Subject:
-    from transformers import GenerationConfig
-
-    model = small_gpt2()
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return Subject(model, "float32", CPU, 256, 4096)
-
-
-def test_transformers_runs_a_set_in_groups_of_like_length(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms_module, "GROUP", 2)
-    seen: list[tuple[list[int], torch.Tensor]] = []
-    honest = subject.model.generate
-
-    def generate(**arguments: Any) -> Any:
-        mask = arguments["attention_mask"]
-        seen.append((mask.sum(1).tolist(), mask[:, -1]))
-        return honest(**arguments)
-
-    monkeypatch.setattr(subject.model, "generate", generate)
-    arm = EagerArm()
-    arm.prepare(subject, None, 12)
-    arm.run_set([[1] * 5, [2] * 2, [3] * 4], 3)
-    assert [lengths for lengths, _ in seen] == [[2, 4], [5]]
-    assert all(bool(last.all()) for _, last in seen)
-
-
-def test_an_answer_of_another_length_is_no_measurement(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject.model, "generate", lambda **arguments: arguments["input_ids"])
-    arm = EagerArm()
-    arm.prepare(subject, 1, 8)
-    with pytest.raises(EngineError, match="0 tokens were generated where 4 were asked for"):
-        arm.run([[1, 2]], 4)
-
-
-def test_the_static_arm_asks_for_a_static_cache(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    resets: list[int] = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
-    arm = StaticArm()
-    arm.prepare(subject, 2, 8)
-    arm.run([[1, 2], [3, 4]], 3)
-    assert arm._model is not subject.model
-    assert hasattr(arm._model, "_previous_max_cache_length")
-    arm.close()
-    assert (arm._model, resets) == (None, [1])
-
-
-def test_batch_invariant_ops_is_used_where_it_is_there(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    arm = ARMS["batch_invariant_ops"]()
-    assert "cannot be imported" in str(arm.missing(GPU))
-    entered: list[bool] = []
-
-    @contextlib.contextmanager
-    def mode(enabled: bool) -> Any:
-        entered.append(enabled)
-        yield
-
-    monkeypatch.setitem(sys.modules, "batch_invariant_ops", SimpleNamespace(set_batch_invariant_mode=mode))
-    assert arm.missing(GPU) is None
-    assert "GPU" in str(arm.missing(CPU))
-    arm.prepare(subject, 1, 8)
-    arm.run([[1, 2]], 2)
-    assert entered == [True]
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command in this process, in an empty folder; return its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stablegen", "bench", "--device", "cpu", *arguments])
-        code = 0
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as stopped:
-                code = int(stopped.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
-
-
-SMALL = ("--model", "tiny-gpt2", "--batch", "1,2", "--prompt", "4", "--tokens", "4", "--repeats", "2")
-
-
-def test_the_bench_measures_and_draws(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "GOLDEN_TOKENS", 2)
-    monkeypatch.setattr(bench, "GOLDEN_LENGTHS", (3, 6))
-    code, out, err = run(
-        *(*SMALL, "--arms", "single,padded", "--arms", "eager,invariant,static", "--prefill", "2x6", "--golden", "3"),
-        *("--json", "--plot", "steps.png", "--out", "report.json"),
-    )
-    assert (code, err) == (0, "")
-    content = json.loads(out)
-    assert json.loads((tmp_path / "report.json").read_text()) == content
-    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
-    report = Report.model_validate(content)
-    assert (report.model, report.machine.device, list(report.unavailable)) == ("tiny-gpt2", "cpu", ["static"])
-    named = [(c.arm, c.batch) for c in report.decode]
-    assert named == [(arm, b) for b in (1, 2) for arm in ("single", "padded", "eager", "invariant")]
-    assert [c.arm for c in report.prefill] == [c.arm for c in report.golden] == ["invariant", "eager"]
-    assert [c.problem for c in report.cells] == [None] * len(report.cells)
-    assert all(len(c.step.values) == 2 for c in report.decode if c.step)
-    assert all(c.call is not None and c.call.lowest > 0 for c in report.cells)
-    assert report.bandwidth.bytes_per_second > 0
-    assert report.floors[0].weight_bytes > 20e6
-
-    console = Console(record=True, width=160, file=io.StringIO())
-    bench.render(report, console)
-    shown = console.export_text()
-    parts = (
-        "on the CPU",
-        "GB/s",
-        "padded:N",
-        "transformers eager",
-        "floor",
-        "prefill: 2 x 6 tokens",
-        "golden set: 3",
-    )
-    assert [part for part in parts if part not in shown] == []
-    assert "2 requests one after another" in shown
-    assert "not measured: transformers static-compiled" in shown
-
-
-def test_what_ends_the_process_loses_no_table_that_was_done(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(self: Bench, names: Sequence[str]) -> list[Cell]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Bench, "prefill", dies)
-    code, _, _ = run(*SMALL, "--arms", "eager", "--golden", "0", "--out", "report.json")
-    assert code != 0
-    report = Report.model_validate_json((tmp_path / "report.json").read_text())
-    assert not report.finished
-    assert [(c.arm, c.batch) for c in report.decode] == [("eager", 1), ("eager", 2)]
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_problems_are_shown_and_all_of_them_fail_the_command(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(self: EagerArm, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-        raise RuntimeError("[red]kernel[/red] failed") if len(prompts) == 1 else torch.OutOfMemoryError("no")
-
-    monkeypatch.setattr(EagerArm, "run", broken)
-    code, out, _ = run(*SMALL, "--arms", "eager", "--prefill", "0", "--golden", "0")
-    assert code == 1
-    assert "failed [1]" in out
-    assert "out of memory" in out
-    assert "[1] RuntimeError: [red]kernel[/red] failed" in out
-
-
-@pytest.mark.parametrize("suffix", [".svg", ".pdf"])
-def test_the_picture_is_of_the_kind_its_name_says(suffix: str, tmp_path: Path) -> None:
-    from stablegen.lab.plot import draw
-
-    spread = Spread.of([0.5])
-    report = Report(
-        model="a model",
-        machine=machine_of(CPU),
-        plan=plan(dtypes=["float32", "bfloat16"]),
-        arms={},
-        unavailable={},
-        bandwidth=bench.Bandwidth(bytes_copied=1, seconds=spread, bytes_per_second=4.0),
-        floors=[Floor(dtype=dtype, weight_bytes=1, seconds=0.01) for dtype in ("float32", "bfloat16")],
-        decode=[
-            *(cell("eager", 1.0), cell("eager", 2.0, batch=4), cell("invariant", -0.1)),
-            cell("padded", 1.0, problem=bench.OUT_OF_MEMORY).model_copy(update={"step": None, "call": None}),
-        ],
-        prefill=[],
-        golden=[],
-        seconds=1.0,
-    )
-    file = tmp_path / f"steps{suffix}"
-    draw(report, file)
-    assert file.stat().st_size > 1000
-    with pytest.raises(ParameterError, match="cannot be written"):
-        draw(report, tmp_path / "absent" / file.name)
-
-
-def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(*SMALL, "--plot", "steps.gif")[::2] == (
-        2,
-        "error: plot='steps.gif'. Accepted: a file that ends in .png, .svg, .pdf.\n",
-    )
-    assert "no such folder" in run(*SMALL, "--plot", "absent/steps.png")[2]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    with pytest.raises(MissingPackageError, match=r"pip install 'stablegen\[plot\]'"):
-        check_plot(tmp_path / "steps.png")
-    code, out, err = run(*SMALL, "--plot", "steps.png")
-    assert (code, out, "Traceback" in err) == (1, "", False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--batch", "0"), "batch=0"),
-        (("--batch", "1,many"), "'many'"),
-        (("--tokens", "2000"), "context"),
-        (("--arms", "magic"), "magic"),
-        (("--dtype", "float8"), "float8"),
-        (("--dtype", "float32,int4"), "int4"),
-        (("--random",), "random weights"),
-        (("--prefill", "many"), "prefill='many'"),
-        (("--out", "absent/report.json"), "absent"),
-    ],
-)
-def test_wrong_usage_is_named(run: Callable[..., Any], arguments: tuple[str, ...], said: str) -> None:
-    code, out, err = run("--model", "tiny-gpt2", *arguments)
-    assert (code, out) == (2, "")
-    assert said in err
-    assert "Traceback" not in err
-
-
-def test_its_help_loads_nothing_heavy() -> None:
-    code = "import sys\nfrom stablegen.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
-    code += "assert not {'torch', 'transformers', 'triton', 'matplotlib'} & set(sys.modules)"
-    command = [sys.executable, "-c", code, "bench", "--help"]
-    assert "--golden" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from chromium import browser as started
 from chromium import made_up, program
+from fakes import FakeSource
 from support import client, near_tie, record, request, trace, untraced, with_token
 
-from stablegen.lab import associativity, flips
-from stablegen.lab.report import report_of
+from stablegen.client import Client
+from stablegen.lab import associativity
+from stablegen.lab.reports import flips
+from stablegen.lab.reports.lab import report_of
 from stablegen.pages.answer import write_answer
 from stablegen.pages.cache import write_cache
 from stablegen.pages.lab import write as write_lab
@@ -27,7 +30,7 @@ EVIL = (
     "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\"</script><!--<script>"
     "{{ 7 * 7 }} {% raw %} \u202edlrow\u202c &amp; \u2028 end"
 )
-COUNT = 2_000
+COUNT = 500
 MANY = 10_000
 Open = Callable[..., "Page"]
 
@@ -72,13 +75,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         request((1, 2), prompt=EVIL, new=4), traced=trace([9.0, 0.0, 9.0, 9.0], score=8.0), text=EVIL, app=EVIL
     )
     with client(folder / "large") as mine:
-        mine.store.put(made_up(COUNT))
+        mine.cache.put(made_up(COUNT, steps=24))
         report = survey(mine)
         write_cache(report, files["cache"])
     answers = [report.answers[place % COUNT].model_copy(update={"key": f"{place:064x}"}) for place in range(MANY)]
     write_cache(CacheReport.model_validate({**dict(report), "records": MANY, "answers": answers}), files["large"])
     with client(folder / "few") as mine:
-        mine.store.put([*made_up(5), evil])
+        mine.cache.put([*made_up(5), evil])
         write_cache(survey(mine), files["small"])
         write_answer(inspect(mine, untraced(asked=request((1, 2), prompt=EVIL), text=EVIL)), files["untraced"])
     with client(folder / "none") as mine:
@@ -107,21 +110,23 @@ def test_ten_thousand_answers_are_a_few_rows_in_the_document(open_page: Open, pa
 
 def test_answers_are_searched_and_filtered(open_page: Open, pages: dict[str, Path]) -> None:
     page = open_page(pages["cache"])
-    page.get_by_role("searchbox", name="Search").fill("number 1234.")
+    page.get_by_role("searchbox", name="Search").fill("number 234.")
     page.wait_for_function("() => document.getElementById('count').textContent.startsWith('1 of')")
-    assert "number 1234" in page.locator("#rows tr[data-place] td").nth(1).text_content()
+    assert "number 234." in page.locator("#rows tr[data-place] td").nth(1).text_content()
     page.get_by_role("searchbox", name="Search").fill("nothing is like this")
     page.locator("#nothing").wait_for()
     assert rows(page) == []
     page.get_by_role("button", name="Clear").click()
-    page.wait_for_function("() => document.getElementById('count').textContent.startsWith('2,000 of')")
+    page.wait_for_function("() => document.getElementById('count').textContent.startsWith('500 of')")
     for name in ("Verdict", "App", "Model"):
         chosen = page.get_by_role("combobox", name=name)
         labels = chosen.locator("option").all_inner_texts()
         chosen.select_option(index=1)
-        page.wait_for_function("() => !document.getElementById('count').textContent.startsWith('2,000 of')")
+        page.wait_for_function("() => !document.getElementById('count').textContent.startsWith('500 of')")
         word = labels[1].split(" (")[0]
-        assert all(word in row for row in rows(page)) or name == "App"
+        found = rows(page)
+        assert found
+        assert name == "App" or [row for row in found if word not in row] == []
         page.get_by_role("button", name="Clear").click()
 
 
@@ -224,6 +229,7 @@ def test_the_lab_shows_prompts_as_text(open_page: Open, tmp_path: Path) -> None:
     found = flips.FlipsReport(
         model=EVIL,
         machine=sums.machine,
+        control="native",
         baseline=2,
         tokens=1,
         skipped=(EVIL,),
@@ -245,12 +251,12 @@ def test_the_lab_shows_prompts_as_text(open_page: Open, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the page of an answer that was replaced by one that parts from it, with two fragile steps."""
+    """Return the page of an answer that was replaced by one that diverges from it, with two fragile steps."""
     folder = tmp_path_factory.mktemp("answer")
-    with client(folder / "cache") as mine:
+    with Client(FakeSource(), cache_dir=folder / "cache", policy="single", dtype="float32", device="cpu") as mine:
         old = mine.complete("One day", max_new_tokens=12).record
         fragile = near_tie(near_tie(old, step=3), step=7)
-        mine.store.put([with_token(fragile, 5, 7).superseding(old)])
+        mine.cache.put([with_token(fragile, 5, 7).superseding(old)])
         write_answer(inspect(mine, mine.inspect(old.key)), folder / "answer.html")
     return folder / "answer.html"
 

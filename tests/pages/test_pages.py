@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from chromium import made_up
 from markupsafe import Markup
-from support import audit_report, client, numerics, record, request, untraced, with_token
+from support import audit_report, client, numerics, proof, record, request, untraced, with_token
 
 from stablegen.core.record import Record
 from stablegen.errors import ParameterError
@@ -73,17 +73,18 @@ class Seen(HTMLParser):
             self._into = None
 
 
-@pytest.fixture
-def pages(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return pages of answers and of a cache that hold the worst of texts."""
+    tmp_path = tmp_path_factory.mktemp("pages")
     asked = request((7, 8), prompt=NASTY)
     nasty = record(asked, text=NASTY, app=NASTY, margins=(0.0, 3.0), numerics=numerics(dtype="bfloat16"))
     with client(tmp_path / "cache") as asking:
         old = with_token(nasty, 1, 40)._replace(text=NASTY)
         for name, one in (("traced", nasty.superseding(old)), ("untraced", untraced(asked=asked, text=NASTY))):
             write_answer(inspect(asking, one), tmp_path / f"{name}.html")
-        asking.store.put([nasty, *made_up(30, steps=4)])
-        asking.store.put_audit("one", audit_report(model=NASTY))
+        asking.cache.put([nasty, *made_up(30, steps=4)])
+        asking.cache.put_audit(asking.identity, audit_report(model=NASTY))
         write_cache(survey(asking), tmp_path / "cache.html")
     return {file.stem: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.html")}
 
@@ -129,6 +130,40 @@ def test_an_answer_of_no_tokens_has_a_page(tmp_path: Path) -> None:
     with client(tmp_path / "cache") as asking:
         write_answer(inspect(asking, untraced(())), tmp_path / "page.html")
     assert "It is empty." in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+GPU = "A GPU with a very long name, 80 GB"
+OTHER_GPU = "Another GPU, 141 GB"
+
+
+def test_a_long_device_name_is_not_repeated_in_every_row(tmp_path: Path) -> None:
+    dtypes = ("float32", "float16", "bfloat16")
+    answers = [
+        record(request((1, place)), numerics=numerics(dtype=dtypes[place % 3], device_model=GPU)) for place in range(30)
+    ]
+    page = tmp_path / "cache.html"
+    with client(tmp_path / "one") as asking:
+        asking.cache.put(answers)
+        write_cache(survey(asking), page)
+    (chart,) = re.findall(
+        r'<svg class="chart"[^>]*aria-label="Answers by numerics and verdict".*?</svg>', page.read_text(), re.DOTALL
+    )
+    assert GPU not in chart
+    assert [name for name in dtypes if f"single {name}" in texts(Markup(chart))] == list(dtypes)
+    assert f"How the answers were computed, on {GPU}." in page.read_text()
+
+    superseded = record(numerics=numerics(device_model=OTHER_GPU), created=1.0)
+    one = with_token(record(numerics=numerics(device_model=GPU)), 1, 40).superseding(superseded)
+    with client(tmp_path / "two") as asking:
+        flags = [proof(one, numerics(device_model=OTHER_GPU, dtype=dtype), "at_risk") for dtype in dtypes]
+        asking.cache.flag(flags)
+        write_answer(inspect(asking, one), page)
+    shown = page.read_text().split("<main", 1)[1].split("<script", 1)[0]
+    rows = re.findall(r"<tr>.*?</tr>", shown.split('id="flagged-heading"', 1)[1].split("</section>", 1)[0], re.DOTALL)
+    assert len(rows) == 1 + len(flags)
+    assert [row for row in rows if GPU in row or OTHER_GPU in row] == []
+    assert "single bfloat16 on B" in shown or "single bfloat16 on A" in shown
+    assert f"A: {OTHER_GPU}, B: {GPU}" in shown or f"A: {GPU}, B: {OTHER_GPU}" in shown
 
 
 @pytest.mark.parametrize(("file", "said"), [("page.txt", "ends in .html"), ("none/page.html", "no such folder")])

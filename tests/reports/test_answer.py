@@ -11,9 +11,10 @@ from support import client, numerics, proof, record, request, trace, untraced, w
 
 from stablegen.console.answer import render
 from stablegen.core.answer import Verification
+from stablegen.core.policy import Shape
 from stablegen.core.record import Composition, Record
 from stablegen.core.verdict import Verdict
-from stablegen.reports.answer import Inspection, inspect, partings
+from stablegen.reports.answer import Inspection, divergences, inspect
 
 
 def shown(found: Inspection) -> str:
@@ -24,11 +25,11 @@ def shown(found: Inspection) -> str:
 
 def test_a_superseded_answer_parts_from_the_new_one() -> None:
     old = with_token(record(margins=(1.0, 2.0, 3.0), numerics=numerics(dtype="bfloat16")), 1, 77)
-    (found,) = partings(record(margins=(1.0, 2.0, 3.0)).superseding(old), [], None, None)
+    (found,) = divergences(record(margins=(1.0, 2.0, 3.0)).superseding(old), [], None, None)
     assert (found.source, found.step, found.shared) == ("superseded", 1, (0,))
     assert (found.older, found.newer, found.whole) == ((77, 2), (1, 2), True)
     assert found.older_numerics.startswith("single bfloat16")
-    assert partings(record().superseding(record(created=1.0)), [], None, None) == []
+    assert divergences(record().superseding(record(created=1.0)), [], None, None) == []
 
 
 def test_a_fresh_run_parts_and_is_not_told_again_by_its_own_flag() -> None:
@@ -36,12 +37,12 @@ def test_a_fresh_run_parts_and_is_not_told_again_by_its_own_flag() -> None:
     fresh = with_token(old, 1, 9)._replace(numerics=numerics(policy="invariant"))
     done = Verification(old, fresh, Verdict(status="diverged", reason="seen", step=1))
     flag = proof(old, fresh.numerics)
-    (found,) = partings(old, [flag], done, lambda ids: " ".join(map(str, ids)))
+    (found,) = divergences(old, [flag], done, lambda ids: " ".join(map(str, ids)))
     assert (found.source, found.older_text, found.newer_text) == ("verified", "1 2", "9 2")
-    (noted,) = partings(old, [flag], None, None)
+    (noted,) = divergences(old, [flag], None, None)
     assert (noted.source, noted.step, noted.older, noted.newer, noted.whole) == ("flagged", 1, (1,), (9,), False)
-    assert partings(with_token(old, 1, 50), [flag], None, None) == []
-    assert partings(old, [proof(old, fresh.numerics, "stable")], None, None) == []
+    assert divergences(with_token(old, 1, 50), [flag], None, None) == []
+    assert divergences(old, [proof(old, fresh.numerics, "stable")], None, None) == []
 
 
 def test_records_of_another_tokenizer_show_token_ids(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_a_scored_continuation_shows_its_own_tokens_and_the_best(tmp_path: Path)
         found = inspect(asking, scored)
     assert [(step.token, step.best, step.logprob) for step in found.steps] == [(4, 0, -1.5), (1, 1, -0.25)]
     other = with_token(scored, 0, 8)
-    (parting,) = partings(scored.superseding(other), [], None, None)
-    assert (parting.older, parting.newer, parting.whole) == ((8,), (0,), False)
+    (divergence,) = divergences(scored.superseding(other), [], None, None)
+    assert (divergence.older, divergence.newer, divergence.whole) == ((8,), (0,), False)
 
 
 def test_verifying_shows_both_continuations(tmp_path: Path) -> None:
@@ -81,16 +82,16 @@ def test_verifying_shows_both_continuations(tmp_path: Path) -> None:
         found = inspect(asking, wrong, asking.verify(wrong))
     assert found.verification is not None
     assert found.verification.status == "diverged"
-    (parting,) = found.partings
-    assert (parting.source, parting.step) == ("verified", 2)
-    assert parting.newer == right.token_ids[2:]
+    (divergence,) = found.divergences
+    assert (divergence.source, divergence.step) == ("verified", 2)
+    assert divergence.newer == right.token_ids[2:]
     text = shown(found)
-    assert "parts  at step 2, verified" in text
+    assert "diverges  at step 2, verified" in text
     assert "verified  diverged" in text
 
 
 def test_only_parameters_that_were_given_are_shown(tmp_path: Path) -> None:
-    made: Record = record(request(new=3), composition=Composition(8, 2, 1, 64), app="an app")
+    made: Record = record(request(new=3), composition=Composition(8, 2, 1, Shape(64)), app="an app")
     with client(tmp_path) as asking:
         found = inspect(asking, made)
     assert found.params == {"max_new_tokens": 3}

@@ -15,9 +15,8 @@ from chromium import made_up
 from rich.console import Console
 from support import audit_report, client, numerics, passed, proof, python, record, request, trace, untraced
 
-from stablegen.client import Client, check_name
+from stablegen.client import Client
 from stablegen.console.cache import render
-from stablegen.core.policy import Shape
 from stablegen.core.record import Record
 from stablegen.errors import CacheEntryWarning
 from stablegen.reports.cache import EDGES, NO_APP, CacheReport, Margins, WhatIf, fragility, proven, survey
@@ -105,7 +104,7 @@ def test_what_if_tells_what_is_exact_and_what_would_be_after_a_self_check(tmp_pa
         own = asking.numerics
         asking.cache.put([mine(asking, 1), mine(asking, 2), mine(asking, 3, margins=(0.0, 5.0)), record()])
         before = survey(asking)
-        asking.cache.put_check(check_name(asking.source.identity, own, Shape()), passed(own))
+        asking.cache.put_self_check(asking.source.identity, passed(own))
     with client(tmp_path, policy="invariant") as asking:
         after = survey(asking)
     ahead = policy(before, "invariant")
@@ -130,7 +129,7 @@ def test_another_policy_of_the_client_is_foretold_too(tmp_path: Path) -> None:
 def test_corrupt_entries_are_reported_and_counted(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
         asking.cache.put([record(), record(request((9,)))])
-        asking.cache._cache.set(f"record:{record().key}", b"damaged")  # type: ignore[attr-defined]
+        asking.cache.store.put({f"record/{record().key}": b"damaged"})
         with pytest.warns(CacheEntryWarning, match="not a stablegen record"):
             report = survey(asking)
     assert (report.records, report.corrupt) == (1, 1)
@@ -146,12 +145,12 @@ def test_an_empty_cache_is_said_to_be_empty(tmp_path: Path) -> None:
 
 def test_the_audit_of_these_numerics_goes_before_a_newer_one_of_others(tmp_path: Path) -> None:
     with client(tmp_path) as asking:
-        own = audit_report(model=asking.model_name, numerics=asking.numerics, made=1.0)
+        own = audit_report(model=asking.identity.name, numerics=asking.numerics, made=1.0)
         other = audit_report(made=2.0)
-        asking.cache.put_audit("other", other)
+        asking.cache.put_audit(asking.identity, other)
         asking.cache.put([record()])
         assert survey(asking).audit == other
-        asking.cache.put_audit("own", own)
+        asking.cache.put_audit(asking.identity, own)
         report = survey(asking)
     assert report.audit == own
     assert "newest audit: 2 answers" in shown(report)

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import client, near_tie, request, small_directory, untraced, with_token
+from fakes import FakeEngine
+from support import client, near_tie, numerics, request, small_directory, untraced, with_token
 
 from stablegen.core.answer import Completion, Verification
-from stablegen.core.record import Record
+from stablegen.core.record import Composition, Record
+from stablegen.core.request import Request
 from stablegen.core.trace import Trace
-from stablegen.engine.invariant.engine import GPT2Engine
-from stablegen.engine.repair import regenerate
+from stablegen.engine.base import NO_ANSWERS, Answers, Generated
+from stablegen.engine.invariant.engine import InvariantEngine
+from stablegen.engine.regenerate import regenerate
 from stablegen.errors import InvalidRequestError, NonFiniteScoresError, PromiseWarning, RecordNotFoundError
 from stablegen.guard.verdicts import NEGLIGIBLE_RISK
 
@@ -151,21 +154,15 @@ def test_flagged_hits_are_settled_without_a_step_of_decoding(tmp_path: Path, mon
     with client(tmp_path / "old", policy="native", dtype="bfloat16") as asking:
         asking.complete(PROMPTS, max_new_tokens=NEW)
     decoded: list[int] = []
-    resume = GPT2Engine.resume
+    generate = InvariantEngine.generate
 
-    def watched(engine: Any, begun: Any) -> Any:
-        decoded.extend(
-            asked.params.max_new_tokens - len(tokens) for asked, tokens in begun if asked.model.digest != "self-check"
-        )
-        return resume(engine, begun)
+    def watched(engine: Any, batch: Any, *rest: Any, begun: Answers = NO_ANSWERS) -> Any:
+        asked = [request for _, request in batch.requests if request.model.digest != "self-check"]
+        assert all(request in begun for request in asked), "decoded from its first step"
+        decoded.extend(request.params.max_new_tokens - len(begun[request]) for request in asked)
+        return generate(engine, batch, *rest, begun=begun)
 
-    def refused(engine: Any, batch: Any, *rest: Any) -> Any:
-        assert all(asked.model.digest == "self-check" for _, asked in batch.requests)
-        return generate(engine, batch, *rest)
-
-    generate = GPT2Engine.generate
-    monkeypatch.setattr(GPT2Engine, "generate", refused)
-    monkeypatch.setattr(GPT2Engine, "resume", watched)
+    monkeypatch.setattr(InvariantEngine, "generate", watched)
     with client(tmp_path / "old", policy="invariant", on_risk="verify", accepted_risk=0.0) as later:
         found = later.complete(PROMPTS, max_new_tokens=NEW)
         for done, true in zip(found, truth, strict=True):
@@ -215,9 +212,9 @@ def test_only_as_much_is_replayed_as_is_fragile(tmp_path: Path, monkeypatch: pyt
         decoded: list[int] = []
         generate = TransformersEngine.generate
 
-        def watched(engine: Any, batch: Any, *rest: Any) -> Any:
+        def watched(engine: Any, batch: Any, *rest: Any, **named: Any) -> Any:
             decoded.extend(asked.params.max_new_tokens for _, asked in batch.requests)
-            return generate(engine, batch, *rest)
+            return generate(engine, batch, *rest, **named)
 
         monkeypatch.setattr(TransformersEngine, "generate", watched)
         assert asking.verify(wide).fresh is None
@@ -285,38 +282,33 @@ def test_of_many_answers_each_is_verified_once_and_progress_is_told(tmp_path: Pa
     assert told[-1] == (len(PROMPTS), len(PROMPTS))
 
 
-class Forcing:
-    """An engine whose forced pass fails for some answers."""
+class Failing(FakeEngine):
+    """Teacher-forces the answers it knows, then fails for the others."""
 
-    def __init__(self, forced: dict[int, Trace], error: NonFiniteScoresError) -> None:
+    def __init__(self, forced: dict[Request, Trace], error: NonFiniteScoresError) -> None:
+        super().__init__(numerics())
         self.forced, self.error = forced, error
 
-    def force(self, answers: Any) -> Any:
-        yield from self.forced.items()
+    def follow(self, batch: Any, answers: Any, observe: Any = None) -> Any:
+        for asked, made in self.forced.items():
+            yield Generated(asked, made, "length", Composition(len(batch.rows), len(answers), 0), 0.0)
         raise self.error
-
-    def resume(self, begun: Any) -> Any:
-        assert not begun
-        yield from ()
-
-    def stopper(self, request: Any) -> None:
-        return None
 
 
 def test_answers_whose_scores_are_no_numbers_fail_after_the_others(truth: Record) -> None:
     assert truth.trace is not None
-    error = NonFiniteScoresError("not finite")
-    engine: Any = Forcing({1: truth.trace}, error)
-    answers = [(request(new=2), (5, 6)), (truth.request, truth.token_ids)]
+    engine = Failing({truth.request: truth.trace}, NonFiniteScoresError("not finite"))
+    answers = {request(new=2): (5, 6), truth.request: truth.token_ids}
     found = []
 
     def collect() -> None:
-        for generated in regenerate(engine, answers):
+        for generated in regenerate(engine, answers, lambda _: None):
             found.append(generated)
 
     with pytest.raises(NonFiniteScoresError, match="not finite"):
         collect()
     assert [(generated.composition.slot, generated.trace) for generated in found] == [(1, truth.trace)]
+    assert engine.ran == []  # nothing was left to decode
 
 
 def test_a_caller_who_fails_and_keeps_the_error_can_go_on(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def _render_dtype(report: Report, floor: Floor, console: Console, problems: list
             texts = (_step_text(cells.get((arm, batch)), problems) for batch in plan.batches)
             table.add_row(report.label(arm), *map(Text, texts))
     table.add_row("floor", *[_milliseconds(floor.seconds)] * len(plan.batches))
-    for title, texts in _ratios(plan, cells):
-        table.add_row(title, *texts)
+    for title, ratios in _ratios(plan, cells):
+        table.add_row(title, *ratios)
     console.print(table)
     say(console, f"the floor: {floor.weight_bytes / 1e6:,.1f} MB of weights, read once at the copies' speed")
     _render_memory(report, cells, console)

@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from stablegen.core.numerics import Numerics
@@ -28,9 +29,10 @@ from stablegen.engine.compute import check_flags, closed_engine, raise_failed, r
 from stablegen.engine.cuda_graph import Recorder, StreamOrder
 from stablegen.engine.invariant.model import Model
 from stablegen.engine.invariant.packed import PackedPasses
-from stablegen.engine.invariant.run import Memory, Run, Tools, trace_of, wants_scores
+from stablegen.engine.invariant.run import Memory, Run, Tools, wants_scores
 from stablegen.engine.invariant.scheduler import Row, Scheduler, Task
 from stablegen.engine.invariant.steps import Steps
+from stablegen.engine.log import trace_of
 from stablegen.engine.sampling import GraphedSampler
 from stablegen.engine.stopping import stopper_for
 from stablegen.errors import DeviceMemoryError, EngineError, TeacherForcingError
@@ -122,7 +124,7 @@ class InvariantEngine(Engine):
         """
         if begun and not self.limits.prefill_equals_decode:
             raise TeacherForcingError(
-                f"policy {self.numerics.policy!r} promises nothing, so it cannot go on from answers that are begun",
+                f"policy {self.numerics.policy!r} cannot resume answers from their first tokens: it promises nothing",
                 accepted="engines whose limits say prefill_equals_decode",
                 hint="Generate these answers from their beginning",
             )
@@ -171,7 +173,8 @@ class InvariantEngine(Engine):
                 assert len(logprobs) == len(row.request.continuation)
                 composition = Composition(len(batch.rows), len(tasks), row.slot, batch.shape)
                 seconds = time.perf_counter() - started
-                yield Generated(row.request, trace_of(row), row.finish_reason, composition, seconds, logprobs)
+                trace = trace_of(np.concatenate(row.logged))
+                yield Generated(row.request, trace, row.finish_reason, composition, seconds, logprobs)
 
     def _run(
         self, tasks: Iterable[Task], observe: Observer | None = None, listen: Listener | None = None
@@ -250,7 +253,7 @@ class InvariantEngine(Engine):
                 # made in a caller's inference mode, it could not be written to in any other
                 with torch.inference_mode(False):
                     cache, rows = model.new_cache(self.max_rows, pages), self.max_rows
-                    recorder = Recorder(model.device, wanted=self.graphs)
+                    recorder = Recorder(model.device, enabled=self.graphs)
                     steps = Steps(model, cache, recorder, rows=rows)
                     packed = PackedPasses(model, cache, recorder, choices=self.choices)
                     self._memory = Memory(cache, steps, packed)

@@ -87,7 +87,7 @@ class KVCache:
         """Return a slot and pages for a task of so many positions, or None until others have finished.
 
         Full pages of the ``given`` tokens that are known are shared, among the first ``share`` positions; by default
-        among all but the last, whose scores are wanted.
+        among all but the last, whose scores are needed.
         """
         if not self._free_slots:
             return None
@@ -110,7 +110,7 @@ class KVCache:
         pages = shared + fresh
         for page, prefix in zip(pages[len(shared) : full], prefixes[len(shared) :], strict=True):
             if prefix in self._known:
-                continue  # computed again, for its scores
+                continue  # it is computed again, for its scores
             # a request that comes later in the same pass finds the page written before it is read
             self._known[prefix] = page
             self._names[page] = prefix

@@ -1,4 +1,4 @@
-"""A forward pass through batch-invariant kernels, as the engine knows it; imports no torch."""
+"""What the engine needs of a model's forward pass through batch-invariant kernels; imports no torch."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class PackedPasses:
     def _key(self, packed: Packed, vocabulary: int | None) -> _Key | None:
         """Return the key of the graph that can replay a pass; None where the pass is launched kernel by kernel."""
         spans = tuple(packed.spans)
-        key = self._model.kernels.graph_key(spans) if self._recorder.wanted else None
+        key = self._model.kernels.graph_key(spans) if self._recorder.enabled else None
         if key is None:
             return None
         if key:

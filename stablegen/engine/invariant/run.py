@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from stablegen.core.request import Request
-from stablegen.core.trace import Trace
 from stablegen.engine.base import Listener, Observer, Stopper
 from stablegen.engine.compute import computing, cpu_threads
 from stablegen.engine.cuda_graph import StreamOrder
@@ -252,8 +251,3 @@ def wants_scores(task: Task) -> bool:
 def _width(chosen: Sequence[Piece]) -> int:
     """Return the entries of the log that a pass writes."""
     return sum(piece.choices for piece in chosen)
-
-
-def trace_of(row: Row) -> Trace:
-    """Return what was logged of a row as its trace."""
-    return Trace(log.trace_bytes(np.concatenate(row.logged)))

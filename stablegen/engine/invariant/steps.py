@@ -49,10 +49,10 @@ class Steps:
     def run(self, slots: tuple[int, ...], tick: int, vocabulary: int | None = None) -> torch.Tensor | None:
         """Run one pass over the slots, logging at ``tick``; with ``vocabulary`` return the score rows [R, V]."""
         size = len(slots)
-        if self._recorder.wanted:
+        if self._recorder.enabled:
             size = next(bucket for bucket in self._sizes if bucket >= len(slots))
         graph = self._recorded.get((size, vocabulary is not None))
-        if graph is None and self._recorder.wanted:
+        if graph is None and self._recorder.enabled:
             self._record(size, tick, vocabulary)
             graph = self._recorded.get((size, vocabulary is not None))
         if self._current != (slots, tick):

@@ -1,1 +1,1 @@
-"""Any causal language model of transformers, as it stands or over a KV cache of fixed length."""
+"""Any causal language model of transformers, over its own KV cache or one of fixed length."""

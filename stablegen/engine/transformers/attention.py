@@ -1,4 +1,4 @@
-"""One attention kernel for whatever ``single`` and ``padded:N`` compute on a GPU.
+"""One attention kernel for all that policies which promise equal bits compute on a GPU.
 
 Left alone, torch chooses a kernel by shape, mask and GPU, and on Hopper it prefers one of cuDNN's, whose 16-bit results
 under a mask were seen to change from run to run. The memory-efficient kernel repeats itself. It is chosen call by call
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from torch.nn.functional import scaled_dot_product_attention as _choose
+from torch.nn.functional import scaled_dot_product_attention as _attention_of_torch
 from torch.overrides import TorchFunctionMode
 
 
@@ -24,7 +24,7 @@ class OneKernel(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, or the kernel in place of torch's choice."""
         kwargs = kwargs or {}
-        if func is _choose and args[0].is_cuda and args[0].shape[-1] % 8 == 0:
+        if func is _attention_of_torch and args[0].is_cuda and args[0].shape[-1] % 8 == 0:
             return _attend(*args, **kwargs)
         return func(*args, **kwargs)
 

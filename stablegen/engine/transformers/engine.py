@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, for all policies that run a model as it stands.
+"""Any causal language model of transformers, unchanged, for all policies that run it so.
 
 Policies differ in the batches they plan. Rows are left-padded to the batch's width, the mask goes with them, and
 positions come from the mask. Where the numerics say so, the KV cache has a fixed length and the step is replayed.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine(Engine):
-    """Runs planned batches through a transformers model as it stands.
+    """Runs planned batches through a transformers model, unchanged.
 
     ``graphs``: whether CUDA graphs replay the steps over a KV cache of fixed length; it moves no bit.
     """
@@ -84,8 +84,8 @@ class TransformersEngine(Engine):
         """
         if begun:
             raise TeacherForcingError(
-                f"policy {self.numerics.policy!r} cannot go on from answers that are begun: in a transformers model "
-                "prefill and decode may differ",
+                f"policy {self.numerics.policy!r} cannot resume answers from their first tokens: "
+                "prefill and decode of a transformers model may give different scores",
                 accepted="engines whose limits say prefill_equals_decode",
                 hint="Generate these answers from their beginning",
             )

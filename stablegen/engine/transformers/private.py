@@ -1,7 +1,7 @@
 """Every name of transformers that is no part of its documented interface and that this project uses.
 
 Another release may rename or drop any of them. ``missing_names`` says which are gone, and the functions here are the
-only places to change. Transformers is imported where it is needed: some of this is asked about models that are loaded.
+only places to change. Transformers is imported inside functions: most of this concerns models that are loaded.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def infer_attention_mask(model: Any, ids: Any, config: Any) -> Any:
 def prepare_lengths(model: Any, config: Any, ids: Any, *, default_max: bool, default_min: bool) -> Any:
     """Return a generation configuration whose lengths count the prompts ``ids`` [B, S].
 
-    ``default_max``, ``default_min``: whether nobody has set ``max_length`` and ``min_length``. Raises ``ValueError`` or
-    ``TypeError`` as ``generate`` does.
+    ``default_max``, ``default_min``: whether ``max_length`` and ``min_length`` are left at their defaults. Raises
+    ``ValueError`` or ``TypeError`` as ``generate`` does.
     """
     width = ids.shape[1]
     config = model._prepare_generated_length(config, default_max, default_min, "input_ids", width, ids)
@@ -129,5 +129,5 @@ def last_tokens(stop_strings: Any) -> frozenset[int]:
 
 
 def stop_strings_table(stop_strings: Any) -> Any:
-    """Return the tensor that holds all that a ``StopStringCriteria`` knows of a vocabulary."""
+    """Return the tensor in which a ``StopStringCriteria`` keeps what it has derived from a vocabulary."""
     return stop_strings.embedding_vec

@@ -45,7 +45,7 @@ class StaticDecoding:
     ) -> None:
         self._device: torch.device = model.device
         self._threads = threads
-        recorder = Recorder(self._device, wanted=graphs)
+        recorder = Recorder(self._device, enabled=graphs)
         self._new = partial(Decoder, model, context=context, summarise=summarise, recorder=recorder)
         # the shape used last comes last; one in use is not here
         self._idle: dict[tuple[int, int], Decoder] = {}

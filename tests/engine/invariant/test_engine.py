@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from invariance import make_ids, make_request
+from engines import make_ids, make_request
 
 import stablegen.engine.invariant.engine as module
 import stablegen.engine.invariant.packed as packed_module
@@ -21,7 +21,7 @@ from stablegen.core.numerics import Numerics
 from stablegen.core.policy import Batch, load_policy
 from stablegen.core.request import Request
 from stablegen.core.trace import Trace
-from stablegen.engine.base import Generated
+from stablegen.engine.base import Answers, Generated
 from stablegen.engine.invariant.architectures.gpt2 import GPT2
 from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.invariant.kv_cache import KVCache
@@ -52,7 +52,7 @@ class Watched(ReferenceKernels):
         self, rows: Rows, cache: Cache, tokens: Linear, positions: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Placed]:
         self.passes.append(len(rows.tokens))
-        self.slots.append(len(rows.slots.unique()))
+        self.slots.append(len(set(rows.slots.tolist())))
         return super().embed(rows, cache, tokens, positions, norm)
 
     def fail(self, operation: str, at: Iterable[int]) -> None:
@@ -82,7 +82,7 @@ def numerics() -> Numerics:
     return numerics_on(find_device("cpu", "float32"), load_policy("invariant"), "float32")
 
 
-def make_engine(**limits: int) -> tuple[InvariantEngine, Watched]:
+def make_engine(**limits: Any) -> tuple[InvariantEngine, Watched]:
     """Return a new engine and the kernels that it runs on."""
     kernels = Watched()
     model = GPT2(*weights(), kernels, dtype=torch.float32, device=torch.device("cpu"))
@@ -204,7 +204,7 @@ def let_record(engine: InvariantEngine) -> list[Replay]:
 
     packed = engine._reserve().packed
     recorder = packed._recorder = copy(packed._recorder)  # one-token passes stay as they are
-    recorder.wanted, recorder.record = True, record  # type: ignore[assignment]
+    recorder.enabled, recorder.record = True, record  # type: ignore[assignment]
     return made
 
 
@@ -214,9 +214,9 @@ def test_a_pass_filled_up_to_a_recorded_size_gives_the_same_bits(pool: list[Requ
     recorded = let_record(engine)
     for _ in range(3):
         assert_as_alone(run(engine, pool), pool)
-        answers = [(request, alone(request).trace.tokens) for request in pool]
-        for place, trace in engine.force(answers):
-            assert trace == alone(pool[place]).trace
+        answers = {request: alone(request).trace.tokens for request in pool}
+        for done in engine.follow(Batch(tuple(pool)), answers):
+            assert done.trace == alone(pool[done.composition.slot]).trace
         engine.forget()
         assert_all_free(engine)
     assert sum(graph.replays for graph in recorded) > 5
@@ -335,18 +335,24 @@ def test_closing_early_gives_everything_back(pool: list[Request], taken: int) ->
     iterator = engine.generate(Batch(tuple(pool)))
     for _ in range(taken):
         next(iterator)
-    iterator.close()  # type: ignore[attr-defined]
+    iterator.close()
     assert_all_free(engine)
     assert_as_alone(run(engine, pool), pool)
 
 
 def test_closing_early_waits_for_no_collector(pool: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = make_engine(max_rows=2)
-    held, inner = [], engine._run
-    monkeypatch.setattr(engine, "_run", lambda *given: held.append(inner(*given)) or held[-1])
+    inner = engine._run
+    held: list[Any] = []
+
+    def holding(*given: Any) -> Any:
+        held.append(inner(*given))
+        return held[-1]
+
+    monkeypatch.setattr(engine, "_run", holding)
     iterator = engine.generate(Batch(tuple(pool)))
     next(iterator)
-    iterator.close()  # type: ignore[attr-defined]
+    iterator.close()
     assert_all_free(engine)
     assert_as_alone(run(engine, pool), pool)
 
@@ -355,7 +361,7 @@ def test_an_error_in_between_gives_everything_back(pool: list[Request]) -> None:
     engine, kernels = make_engine(max_rows=3)
     broken = engine.generate(Batch(tuple(pool)))
     next(broken)
-    kernels.gelu = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    kernels.gelu = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
     with pytest.raises(ZeroDivisionError):
         list(broken)
     del kernels.gelu
@@ -393,6 +399,7 @@ def test_out_of_memory_halves_what_runs_at_once_and_moves_no_bit(
         "out of memory: going on with 2 rows at once, 128 tokens a pass"
     ]
     assert (engine.max_rows, engine.chunk) == (2, 128)
+    assert engine.limits.rows == 2
     assert_as_alone(answers, pool)
     assert_all_free(engine)
 
@@ -447,9 +454,9 @@ def test_where_not_even_one_row_fits_an_error_says_so(
 def test_what_is_observed_is_not_run_twice(pool: list[Request]) -> None:
     engine, kernels = make_engine(max_rows=4)
     kernels.fail("choose", [2])
-    seen: list[int] = []
+    seen: list[Request] = []
     with pytest.raises(DeviceMemoryError, match="a batch of 7 rows"):
-        list(engine.generate(Batch(tuple(pool)), lambda slot, _: seen.append(slot)))
+        list(engine.generate(Batch(tuple(pool)), lambda request, _: seen.append(request)))
     assert seen
     assert_all_free(engine)
     assert_as_alone(run(engine, pool), pool)
@@ -458,18 +465,22 @@ def test_what_is_observed_is_not_run_twice(pool: list[Request]) -> None:
 # --- answers given beforehand -----------------------------------------------------------------------------------------
 
 
-def force(engine: InvariantEngine, answers: Sequence[tuple[Request, tuple[int, ...]]]) -> dict[int, Trace]:
-    found = list(engine.force(answers))
-    assert len(dict(found)) == len(found)
-    return dict(found)
+def follow(engine: InvariantEngine, answers: Answers) -> dict[int, Trace]:
+    """Return what is chosen along answers, by their place."""
+    found = list(engine.follow(Batch(tuple(answers)), answers))
+    assert all(done.request is list(answers)[done.composition.slot] for done in found)
+    assert {done.finish_reason for done in found} == {"length"}
+    traces = {done.composition.slot: done.trace for done in found}
+    assert len(traces) == len(found)
+    return traces
 
 
 @pytest.mark.parametrize("limits", [{}, {"chunk": 3}, {"max_rows": 2, "chunk": 50}, {"max_rows": 300}])
-def test_forcing_an_answer_gives_the_bits_of_decoding_it(pool: list[Request], limits: dict[str, int]) -> None:
+def test_following_an_answer_gives_the_bits_of_decoding_it(pool: list[Request], limits: dict[str, int]) -> None:
     engine, kernels = make_engine(**limits)
     answers = run(make_engine()[0], pool)
-    found = force(engine, [(answers[slot].request, answers[slot].trace.tokens) for slot in answers])
-    assert found == dict(enumerate(answers[slot].trace for slot in answers))
+    found = follow(engine, {answers[slot].request: answers[slot].trace.tokens for slot in range(len(pool))})
+    assert found == {slot: answers[slot].trace for slot in range(len(pool))}
     if not limits:
         # all of them at once: not a pass a token
         assert len(kernels.passes) <= 2
@@ -481,22 +492,22 @@ def test_an_answer_of_many_pages_needs_more_passes_than_one(pool: list[Request],
     engine, kernels = make_engine(max_rows=16)
     long = [make_request(prompt(i, 10 + i), 150) for i in range(3)]
     answers = run(make_engine()[0], long)
-    found = force(engine, [(answers[slot].request, answers[slot].trace.tokens) for slot in range(3)])
+    found = follow(engine, {answers[slot].request: answers[slot].trace.tokens for slot in range(3)})
     assert found == {slot: answers[slot].trace for slot in range(3)}
     assert len(kernels.passes) == -(-450 // 40)
-    # what was computed for the first is known to the others, and is computed again where its scores are wanted
-    assert force(engine, [(answers[0].request, answers[0].trace.tokens)]) == {0: answers[0].trace}
+    # what was computed for the first is known to the others, and is computed again where its scores are needed
+    assert follow(engine, {answers[0].request: answers[0].trace.tokens}) == {0: answers[0].trace}
     assert_all_free(engine)
 
 
-def test_forcing_tells_where_an_answer_parts_and_how_it_goes_on(pool: list[Request]) -> None:
+def test_following_tells_where_an_answer_diverges_and_how_it_goes_on(pool: list[Request]) -> None:
     engine, _ = make_engine()
     one = make_request(prompt(3, 70), 20)
     tokens = run(make_engine()[0], [one])[0].trace.tokens
     for step in (0, 7, 19):
         edited = [*tokens]
         edited[step] = (tokens[step] + 1) % VOCABULARY
-        found = force(engine, [(one, tuple(edited))])[0].tokens
+        found = follow(engine, {one: tuple(edited)})[0].tokens
         assert found[: step + 1] == tokens[: step + 1]
         assert len(found) == 20
 
@@ -505,14 +516,14 @@ def test_an_end_token_in_a_given_answer_ends_nothing(pool: list[Request]) -> Non
     engine, _ = make_engine()
     one = make_request(prompt(3, 30), 12)
     trace = run(make_engine()[0], [one])[0].trace
-    assert force(engine, [(ending(one, trace.tokens[4]), trace.tokens)]) == {0: trace}
+    assert follow(engine, {ending(one, trace.tokens[4]): trace.tokens}) == {0: trace}
 
 
-def test_forcing_halves_and_goes_on_where_memory_is_short(pool: list[Request]) -> None:
+def test_following_halves_and_goes_on_where_memory_is_short(pool: list[Request]) -> None:
     engine, kernels = make_engine(max_rows=4)
     answers = run(make_engine()[0], pool)
     kernels.fail("choose", [0])
-    found = force(engine, [(answers[slot].request, answers[slot].trace.tokens) for slot in range(len(pool))])
+    found = follow(engine, {answers[slot].request: answers[slot].trace.tokens for slot in range(len(pool))})
     assert found == {slot: answers[slot].trace for slot in range(len(pool))}
     assert engine.max_rows == 2
     assert_all_free(engine)
@@ -523,8 +534,10 @@ def test_forcing_halves_and_goes_on_where_memory_is_short(pool: list[Request]) -
 
 def damage(engine: InvariantEngine, position: int) -> None:
     """Let all scores from a position on be NaN; weights that are NaN from the beginning are refused."""
-    engine.model.position_embedding = engine.model.position_embedding.clone()  # the file's own are others' too
-    engine.model.position_embedding[position:] = float("nan")
+    model = engine.model
+    assert isinstance(model, GPT2)
+    model.position_embedding = model.position_embedding.clone()  # the file's own are those of other engines too
+    model.position_embedding[position:] = float("nan")
 
 
 def test_rows_whose_scores_are_not_finite_are_named_after_the_others_are_answered(pool: list[Request]) -> None:

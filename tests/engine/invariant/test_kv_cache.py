@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablegen.engine.invariant.kv_cache import TICKS, KVCache, Lease
-from stablegen.kernels.base import LOG_WIDTH, PAGE
+from stablegen.kernels import log
+from stablegen.kernels.base import PAGE
 
 
 def make_cache(pages: int = 6, slots: int = 3, *, paired: bool = False, dtype: torch.dtype = torch.float16) -> KVCache:
@@ -46,7 +47,7 @@ def test_keys_and_values_have_a_spare_page_and_a_spare_slot() -> None:
     assert cache.keys.shape == cache.values.shape == (2, 7, 3, PAGE, 4)
     assert cache.table.shape == (4, 4)
     assert cache.newest.shape == cache.lengths.shape == (4,)
-    assert cache.log.shape == (TICKS, 3, LOG_WIDTH)
+    assert cache.log.shape == (TICKS, 3, log.WIDTH)
     assert cache.spare == 3
     assert cache.bytes == 2 * 2 * 7 * 3 * PAGE * 4 * 2
 

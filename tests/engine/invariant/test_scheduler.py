@@ -16,6 +16,7 @@ from stablegen.core.params import GenerationParams
 from stablegen.core.request import ModelIdentity, Request
 from stablegen.engine.invariant.kv_cache import KVCache
 from stablegen.engine.invariant.scheduler import Piece, Row, Scheduler, Task
+from stablegen.kernels import log
 from stablegen.kernels.base import PAGE
 
 END = 50
@@ -29,8 +30,8 @@ def make_request(prompt: int | Sequence[int], new: int = 3, end: Sequence[int] =
 
 
 def make_cache(pages: int = 40, slots: int = 8) -> KVCache:
-    shape = {"pages": pages, "slots": slots, "context": 8 * PAGE}
-    return KVCache(1, 1, 1, **shape, dtype=torch.float16, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return KVCache(1, 1, 1, pages=pages, slots=slots, context=8 * PAGE, dtype=torch.float16, device=cpu)
 
 
 def make_scheduler(*requests: Request, cache: KVCache | None = None, chunk: int = 100) -> Scheduler:
@@ -41,11 +42,11 @@ def scheduler_of(tasks: Sequence[Task], *, cache: KVCache | None = None, chunk: 
     return Scheduler(tasks, make_cache() if cache is None else cache, chunk=chunk)
 
 
-def shape(pieces: Sequence[Piece]) -> list[tuple[int, int, int, bool]]:
+def shape(pieces: Sequence[Piece]) -> list[tuple[int, int, int, int]]:
     return [(piece.row.slot, piece.start, piece.count, piece.choices) for piece in pieces]
 
 
-def step(scheduler: Scheduler, times: int = 1) -> list[tuple[int, int, int, bool]]:
+def step(scheduler: Scheduler, times: int = 1) -> list[tuple[int, int, int, int]]:
     """Admit, compose and count one pass; return what it was made of."""
     scheduler.admit()
     pieces, most = scheduler.compose()
@@ -55,11 +56,14 @@ def step(scheduler: Scheduler, times: int = 1) -> list[tuple[int, int, int, bool
 
 
 def words(*tokens: int, finite: bool = True) -> np.ndarray:
-    return np.array([[token, 0, 0, 0, 0, 0, int(finite), 0] for token in tokens], dtype=np.int32)
+    logged = np.zeros((len(tokens), log.WIDTH), dtype=np.int32)
+    logged[:, log.TOKEN] = tokens
+    logged[:, log.FINITE] = finite
+    return logged
 
 
 def tokens_of(row: Row) -> list[int]:
-    return [] if not row.logged else np.concatenate(row.logged)[:, 0].tolist()
+    return [] if not row.logged else np.concatenate(row.logged)[:, log.TOKEN].tolist()
 
 
 def assert_all_free(cache: KVCache) -> None:
@@ -172,21 +176,19 @@ def test_a_row_ends_by_its_budget() -> None:
     scheduler = make_scheduler(make_request(3, new=2, end=[END]))
     scheduler.admit()
     row = scheduler.running[0]
-    row.read(words(1))
-    assert not row.finished
-    row.read(words(2))
+    assert [row.read(words(1)), row.read(words(2))] == [False, True]
     assert row.finished
     assert row.finish_reason == "length"
     assert tokens_of(row) == [1, 2]
 
 
 def test_a_row_reads_several_steps_at_once_and_no_further_than_its_end() -> None:
-    for notable in (True, False):
+    for may_end in (True, False):
         scheduler = make_scheduler(make_request(3, new=5, end=[END]), make_request(3, new=5, end=[END]))
         scheduler.admit()
         first, second = scheduler.running
-        assert not first.read(words(1, 2), notable)
-        assert first.read(words(3, 4, 5, 6), notable)
+        assert not first.read(words(1, 2), may_end)
+        assert first.read(words(3, 4, 5, 6), may_end)
         assert (tokens_of(first), first.steps, first.finish_reason) == ([1, 2, 3, 4, 5], 5, "length")
     assert second.read(words(1, END, 2, 3))
     assert (tokens_of(second), second.steps, second.finish_reason) == ([1, END], 2, "stop")
@@ -284,11 +286,9 @@ def run_all(scheduler: Scheduler, draw: Callable[[], int], delay: int, passes: i
         unread += [[piece.row for piece in pieces for _ in range(piece.choices)]] * times
         while unread and (len(unread) > delay or not scheduler.busy):
             for row in unread.pop(0):
-                if not row.finished:
-                    row.read(words(draw()))
-                    if row.finished:
-                        finished.append(row)
-                        scheduler.drop(row)
+                if not row.finished and row.read(words(draw())):
+                    finished.append(row)
+                    scheduler.drop(row)
     return finished
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import Comparison, padded_companies
+from engines import make_engine, make_ids, make_request, run, vocabulary_of
 from fixed_shapes import CONTEXT, STATIC, VOCABULARY, alone, asked, small_model, static_engine
-from invariance import Comparison, make_engine, make_ids, make_request, padded_companies, run, vocabulary_of
 from support import client, small_directory
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stablegen.engine.transformers.static_cache as module
+import stablegen.engine.transformers.static_decoding as module
 from stablegen.core.policy import CAPACITY_STEP, Batch, Padded, Shape, load_policy
+from stablegen.core.request import Request
 from stablegen.engine.base import Engine, Generated
 from stablegen.engine.self_check import self_check
-from stablegen.engine.transformers.engine import left_padded
+from stablegen.engine.transformers.padding import left_padded
 from stablegen.errors import DeviceMemoryError, NonFiniteScoresError
 from stablegen.machine.device import Device
 from stablegen.machine.plan import ENGINE_VERSION, STATIC_MODELS, allows_static_cache, numerics_on
@@ -46,7 +48,7 @@ def test_an_architecture_says_what_generate_says(kind: str) -> None:
     assert allows_static_cache(model.config.to_dict())
     requests = [asked(1, 1, 20), asked(2, 9, 20), asked(3, 40, 20)]
     single, padded = static_engine(model, "single"), static_engine(model, "padded:3")
-    together = run(padded, Batch(tuple(requests), 64))
+    together = run(padded, Batch(tuple(requests), Shape(64)))
     for slot, one in enumerate(requests):
         ids = torch.tensor([one.prompt_ids])
         out = model.generate(
@@ -65,8 +67,8 @@ def test_an_architecture_says_what_generate_says(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(STATIC_MODELS))
-def test_a_step_looks_at_no_value(kind: str) -> None:
-    class NoLook(TorchDispatchMode):
+def test_a_step_reads_no_value(kind: str) -> None:
+    class NoReading(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Refuse what would make the host wait for the device, or move data to it."""
 
         seen = 0
@@ -79,13 +81,13 @@ def test_a_step_looks_at_no_value(kind: str) -> None:
 
     engine = static_engine(small_model(kind), "padded:2")
     one = asked(1, 5, 4)
-    list(engine.generate(Batch((one, None), 64, CAPACITY_STEP)))
+    list(engine.generate(Batch((one, None), Shape(64, CAPACITY_STEP))))
     assert engine._static is not None
     decoder = engine._static._idle[2, CAPACITY_STEP]
-    ids, mask = left_padded(Batch((one, None), 64))
+    ids, mask = left_padded(Batch((one, None), Shape(64)))
     with torch.inference_mode():
         decoder.prefill(ids, mask)
-        with NoLook() as watched:
+        with NoReading() as watched:  # type: ignore[no-untyped-call]
             decoder._step()
     assert watched.seen > 50
 
@@ -115,7 +117,7 @@ def test_single_repeats(compare: Begin, kind: str, dtype: str) -> None:
 def test_padded_company(compare: Begin, kind: str, dtype: str, rows: int) -> None:
     model = small_model(kind, dtype)
     engine = static_engine(model, f"padded:{rows}")
-    check = self_check(engine, VOCABULARY, 64, CAPACITY_STEP)
+    check = self_check(engine, VOCABULARY, Shape(64, CAPACITY_STEP))
     assert check.passed, check.checks
     comparison = compare("company in a padded batch", kind, engine)
     # neighbours end before the needle, with it and after it
@@ -144,7 +146,7 @@ def test_native_breaks_what_padded_promises(compare: Begin) -> None:
 def test_observing_moves_no_bit(policy: str) -> None:
     engine = static_engine(small_model("gpt2"), policy)
     rows = (asked(1, 9, 30),) if policy == "single" else (asked(1, 9, 30), asked(2, 30, 19))
-    batch = Batch(rows, None if policy == "single" else 64)
+    batch = Batch(rows, Shape(None if policy == "single" else 64))
     observed = run(engine, batch)
     plain = {done.composition.slot: done for done in engine.generate(batch)}
     assert plain.keys() == observed.keys()
@@ -156,8 +158,10 @@ def test_observing_moves_no_bit(policy: str) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 8, 9, 15, 16, 17, 33])
 def test_answers_are_as_long_as_asked(steps: int) -> None:
     engine = static_engine(small_model("gpt2"), "padded:3")
-    whole = run(engine, Batch((asked(1, 9, 40), asked(2, 20, 40), None), 64))
-    done = {d.composition.slot: d for d in engine.generate(Batch((asked(1, 9, steps), asked(2, 20, 3), None), 64))}
+    whole = run(engine, Batch((asked(1, 9, 40), asked(2, 20, 40), None), Shape(64)))
+    done = {
+        d.composition.slot: d for d in engine.generate(Batch((asked(1, 9, steps), asked(2, 20, 3), None), Shape(64)))
+    }
     assert done[0].trace.score_hash == whole[0].trace.score_hash[:steps]
     assert done[1].trace.score_hash == whole[1].trace.score_hash[:3]
 
@@ -166,10 +170,10 @@ def test_answers_are_as_long_as_asked(steps: int) -> None:
 def test_an_end_token_ends_an_answer(step: int) -> None:
     engine = static_engine(small_model("llama"), "padded:2")
     other = asked(2, 20, 30)
-    whole = run(engine, Batch((asked(1, 9, 30), other), 64))
+    whole = run(engine, Batch((asked(1, 9, 30), other), Shape(64)))
     tokens = whole[0].trace.tokens
     ending = asked(1, 9, 30, eos_token_ids=(tokens[step],))
-    done = {d.composition.slot: d for d in engine.generate(Batch((ending, other), 64))}
+    done = {d.composition.slot: d for d in engine.generate(Batch((ending, other), Shape(64)))}
     assert done[0].finish_reason == "stop"
     assert done[0].trace.tokens == tokens[: tokens.index(tokens[step]) + 1]
     assert done[1].trace == whole[1].trace
@@ -195,13 +199,13 @@ def test_what_was_not_finite_is_gone_with_its_batch() -> None:
         model.get_input_embeddings().weight[7] = float("nan")
     engine = static_engine(model, "padded:3")
     bad = make_request((5, 7, 9, 7, 5), 9)
-    batch = Batch((make_request((1, 2, 3), 20), make_request((4, 5, 6), 20), None), 64)
+    batch = Batch((make_request((1, 2, 3), 20), make_request((4, 5, 6), 20), None), Shape(64))
     expected = {slot: answer.trace for slot, answer in run(engine, batch).items()}
     if any(7 in trace.tokens for trace in expected.values()):
         pytest.fail("choose other prompts: the answers themselves hold the broken token")
     done: list[Generated] = []
     with pytest.raises(NonFiniteScoresError, match="at step 0 of the prompt of 5 tokens"):
-        done.extend(engine.generate(Batch((batch.rows[0], bad, None), 64)))
+        done.extend(engine.generate(Batch((batch.rows[0], bad, None), Shape(64))))
     assert [one.trace for one in done] == [expected[0]]
     done = list(engine.generate(batch))
     assert {one.composition.slot: one.trace for one in done} == expected
@@ -214,8 +218,8 @@ def test_the_composition_tells_the_shape() -> None:
     engine = static_engine(small_model("gpt2"), "padded:2")
     (batch,) = Padded(2).plan([asked(1, 9, 3)], engine.limits)
     (done,) = engine.generate(batch)
-    assert done.composition.shape == Shape(64, CAPACITY_STEP) == Shape(batch.width, batch.capacity)
-    (derived,) = engine.generate(Batch((asked(1, 70, 3), None), CONTEXT))
+    assert done.composition.shape == Shape(64, CAPACITY_STEP) == batch.shape
+    (derived,) = engine.generate(Batch((asked(1, 70, 3), None), Shape(CONTEXT)))
     assert derived.composition.shape == Shape(CONTEXT, CAPACITY_STEP)
 
 
@@ -239,13 +243,11 @@ def test_batches_of_one_shape_may_take_turns() -> None:
     engine = static_engine(small_model("gpt2"), "single")
     ones = [asked(seed, 9, 20, eos_token_ids=()) for seed in (1, 2)]
     expected = [alone(engine, one).trace for one in ones]
-    turns: list[list[int]] = [[], []]
-    first, second = (
-        engine.generate(Batch((one,)), lambda _, scores, turn=turn: turn.append(int(scores.argmax())))
-        for one, turn in zip(ones, turns, strict=True)
-    )
+    turns: list[Request] = []
+    first, second = (engine.generate(Batch((one,)), lambda request, _: turns.append(request)) for one in ones)
     found = [next(first), next(second)]
     assert [done.trace for done in found] == expected
+    assert turns == [ones[0]] * 20 + [ones[1]] * 20
     first.close()
     second.close()
     both = Batch((ones[0], asked(3, 3, 2))), Batch((ones[1], asked(4, 3, 2)))
@@ -258,9 +260,9 @@ def test_batches_of_one_shape_may_take_turns() -> None:
 
 def test_a_batch_left_unfinished_leaves_nothing_behind() -> None:
     engine = static_engine(small_model("gpt2"), "padded:2")
-    batch = Batch((asked(1, 9, 20), asked(2, 9, 2)), 64)
+    batch = Batch((asked(1, 9, 20), asked(2, 9, 2)), Shape(64))
     expected = run(engine, batch)
-    begun = engine.generate(Batch((asked(3, 60, 30), asked(4, 9, 1)), 64))
+    begun = engine.generate(Batch((asked(3, 60, 30), asked(4, 9, 1)), Shape(64)))
     next(begun)
     begun.close()
     done = {d.composition.slot: d.trace for d in engine.generate(batch)}
@@ -332,15 +334,16 @@ def test_which_models_allow_it(config: dict[str, Any], allowed: bool) -> None:
 )
 def test_the_numerics_name_it(policy: str, device: Device, attention: str, allowed: bool, static: bool) -> None:
     found = numerics_on(device, load_policy(policy), "float32", attention=attention, static_cache=allowed)
-    assert found.kernels == (STATIC if static else f"transformers-{attention}/{ENGINE_VERSION}")
-    assert found.static_cache is static
+    growing = {"engine": "transformers", "engine_version": ENGINE_VERSION, "attention": attention, "static": False}
+    expected = STATIC if static else growing
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_a_client_measures_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def as_on_a_gpu(*arguments: Any, **named: Any) -> Any:
-        return numerics_on(*arguments, **named).model_copy(update={"kernels": STATIC})
+        return numerics_on(*arguments, **named).model_copy(update=STATIC)
 
-    monkeypatch.setattr("stablegen.client.numerics_on", as_on_a_gpu)
+    monkeypatch.setattr("stablegen.sources.checkpoint.numerics_on", as_on_a_gpu)
     monkeypatch.setattr("stablegen.engine.loading.numerics_on", as_on_a_gpu)
     # the last needs a longer KV cache for prompts of the first's width
     calls = {3: ["Hello", "No", "word " * 80], 200: ["Hello", "No"]}
@@ -348,13 +351,13 @@ def test_a_client_measures_each_shape(tmp_path: Path, monkeypatch: pytest.Monkey
         made = [done for new, prompts in calls.items() for done in asking.complete(prompts, max_new_tokens=new)]
         shapes = {done.record.composition.shape for done in made}
         assert shapes == {Shape(64, 256), Shape(128, 256), Shape(64, 512)}
-        assert {Shape(check.width, check.capacity, check.scored) for check in asking.store.checks()} == shapes
+        assert {check.shape for check in asking.cache.self_checks()} == shapes
         assert {done.verdict.status for done in made} == {"exact"}
     with client(tmp_path, model=small_directory(), policy="padded:2") as later:
         again = [done for new, prompts in calls.items() for done in later.complete(prompts, max_new_tokens=new)]
         assert {(done.cached, done.verdict.status) for done in again} == {(True, "exact")}
         assert [done.record for done in again] == [done.record for done in made]
-        assert later._engine is None
+        assert not later.session.parts.runner.started
     monkeypatch.undo()
     with client(tmp_path, model=small_directory(), policy="padded:2", on_risk="serve") as growing:
         # records of the one KV cache promise nothing for the other
