@@ -40,23 +40,18 @@ and why).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from stablegen.core.answer import Completion
-    from stablegen.core.verdict import Verdict
+from collections.abc import Sequence
+from typing import Any
 
 
 class StablegenError(Exception):
     """Say what is wrong, what is accepted and what to do.
 
     ``problem`` states what was given; ``accepted`` what would have been; ``hint`` the next step. ``completions``
-    holds what was computed before the error, so that nothing is lost.
+    holds what was computed before the error, each a ``Completion``, so that nothing is lost.
     """
 
-    completions: Sequence[Completion] = ()
+    completions: Sequence[Any] = ()  # the types of core stand above this module
 
     def __init__(self, problem: str, *, accepted: str | None = None, hint: str | None = None) -> None:
         self.problem = problem
@@ -119,7 +114,7 @@ class CheckpointError(ModelError):
 
 
 class HubError(ModelError):
-    """A model that could not be had from the hub."""
+    """A model that could not be downloaded from the hub."""
 
 
 class DeviceError(StablegenError):
@@ -175,9 +170,9 @@ class RecordNotFoundError(CacheError, KeyError):
 
 
 class DivergenceRiskError(StablegenError):
-    """A hit was flagged and ``on_risk`` is ``"raise"``; ``key`` and ``verdict`` say which and why."""
+    """A hit was flagged and ``on_risk`` is ``"raise"``; ``key`` and ``verdict``, a ``Verdict``, say which and why."""
 
-    def __init__(self, problem: str, *, key: str, verdict: Verdict, hint: str | None = None) -> None:
+    def __init__(self, problem: str, *, key: str, verdict: Any, hint: str | None = None) -> None:
         super().__init__(problem, hint=hint)
         self.key = key
         self.verdict = verdict

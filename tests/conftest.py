@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from invariance import Comparison
+    from comparisons import Comparison
 
     from stablegen.engine.base import Engine
 
@@ -79,7 +79,7 @@ def chained_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, comparisons: list[Comparison]) -> Callable[[str, str, Engine], Comparison]:
     """Return what begins the comparison of one property, with one model and engine."""
-    from invariance import Comparison
+    from comparisons import Comparison
 
     def begin(name: str, model: str, engine: Any) -> Comparison:
         numerics = engine.numerics

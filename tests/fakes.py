@@ -94,5 +94,6 @@ class FakeSource(Source):
         return self._planned.setdefault(f"{policy} {dtype}", numerics(policy=policy.spec, dtype=dtype, **self._fields))
 
     def start(self, numerics: Numerics) -> Engine:
-        self.started.append(self._made(numerics))
-        return self.started[-1]
+        engine = self._made(numerics)
+        self.started.append(engine)
+        return engine

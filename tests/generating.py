@@ -81,7 +81,7 @@ def _without_nothing(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def new_tokens(out: Any, width: int) -> list[list[int]]:
     ids = out if isinstance(out, torch.Tensor) else out.sequences
-    return ids[:, width:].tolist()  # type: ignore[no-any-return]
+    return ids[:, width:].tolist()
 
 
 def answer_to(model: Any, row: Sequence[int], new: int = NEW) -> list[int]:

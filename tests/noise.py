@@ -20,9 +20,9 @@ def traces(seed: int, count: int, steps: int = 64, grid: float | None = None, re
         margins = [abs(draw.gauss(0, reach)) for _ in range(steps)]
         if grid is not None:
             scores, margins = ([round(value / grid) * grid for value in column] for column in (scores, margins))
-        ids = [[draw.randrange(50000) for _ in range(steps)] for _ in range(2)]
+        tokens, rivals = ([draw.randrange(50000) for _ in range(steps)] for _ in range(2))
         seconds = [score - margin for score, margin in zip(scores, margins, strict=True)]
-        found.append(Trace.of(*ids, scores, seconds, range(steps)))
+        found.append(Trace.of(tokens, rivals, scores, seconds, range(steps)))
     return found
 
 
@@ -36,7 +36,8 @@ def shaken(old: Trace, noise: Noise, grid: float | None = None) -> Trace:
             margin = round(margin / grid) * grid
         stays = margin > 0 or (margin == 0 and token < rival)
         columns.append((token, rival, best, best - margin) if stays else (rival, token, best, best + margin))
-    return Trace.of(*zip(*columns, strict=True), range(len(old)))
+    tokens, rivals, scores, seconds = zip(*columns, strict=True)
+    return Trace.of(tokens, rivals, scores, seconds, range(len(old)))
 
 
 def steady(draw: random.Random, size: float) -> Noise:

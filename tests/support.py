@@ -29,7 +29,7 @@ MODEL = ModelIdentity(source="digest", digest="5" * 64, name="some-model")
 
 
 def numerics(**changes: Any) -> Numerics:
-    fields = {
+    fields: dict[str, Any] = {
         "policy": "single",
         "dtype": "float32",
         "engine": "transformers",

@@ -195,7 +195,7 @@ def test_bad_pairs_are_refused(how: str, tmp_path: Path) -> None:
         lambda asking: asking.score(["a"], []),
         lambda asking: asking.score([[1]], [[]]),
         lambda asking: asking.score([[]], [[1]]),
-        lambda asking: asking.score([[1]], [["x"]]),
+        lambda asking: asking.score([[1]], [["x"]]),  # type: ignore[list-item]
         lambda asking: asking.score("a", ["b"]),
         lambda asking: asking.score([[1]], [[4096]]),
     ]

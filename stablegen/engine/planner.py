@@ -57,7 +57,7 @@ class Planner:
             yield from self.plan(members, check)
 
     def measure(self, shape: Shape, *, is_processed: bool = False) -> SelfCheck:
-        """Return what a self-check of a shape finds now; ``is_processed``: where tokens are chosen from processed scores.
+        """Return what a self-check of a shape finds now; ``is_processed``: of tokens chosen from processed scores.
 
         It loads torch, and takes some seconds where kernels are compiled for the first time.
         """

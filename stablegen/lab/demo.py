@@ -20,7 +20,7 @@ from stablegen.core.request import Request
 from stablegen.engine.compute import cpu_threads
 from stablegen.engine.planner import Planner
 from stablegen.lab.bits import same_bits
-from stablegen.lab.compared import own_policy, promising_policies
+from stablegen.lab.compared import of_rows, own_policy, promising_policies
 from stablegen.lab.progress import ticker
 from stablegen.lab.reports.demo import DemoReport, Flip, Judged, Measured
 from stablegen.machine.plan import find_device, numerics_on
@@ -64,7 +64,9 @@ def measure(progress: Progress | None = None) -> DemoReport:
 def _measure(progress: Progress | None) -> DemoReport:
     started = time.perf_counter()
     source = CheckpointSource.open(None)
-    runs = [(policy, dtype) for dtype in DTYPES for policy in (control_policy(), *promising_policies())]
+    # a fixed number of rows suits the prompts: more would only take longer
+    promising = [of_rows(type(policy), len(PROMPTS)) for policy in promising_policies()]
+    runs = [(policy, dtype) for dtype in DTYPES for policy in (control_policy(), *promising)]
     tick = ticker(progress, len(runs) + 1)
     measured = []
     for policy, dtype in runs:

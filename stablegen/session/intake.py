@@ -60,6 +60,10 @@ class Intake:
         """Return the key and the request for a text prompt."""
         return self._remembered(check_prompt(prompt), params)
 
+    def forget_prompts(self) -> None:
+        """Forget the requests that are remembered by their prompts."""
+        self._remembered.cache_clear()
+
     def _make(self, prompt: str, params: GenerationParams) -> tuple[str, Request]:
         request = Request(self._tokenizer.encode(prompt), params, self.identity, self._tokenizer.digest, prompt)
         self._check_fits(request)

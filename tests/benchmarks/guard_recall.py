@@ -157,7 +157,7 @@ def main() -> None:
                 options.workers,
                 mp_context=get_context("spawn"),
                 initializer=Worker.start,
-                initargs=asked_of,
+                initargs=asked_of,  # type: ignore[arg-type]
             ) as pool,
         ):
             asked = calibrating + judging

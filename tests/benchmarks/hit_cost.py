@@ -73,7 +73,8 @@ def main() -> None:
             raw.get(keys[number % len(keys)])
 
         def first_sight(number: int) -> None:
-            client._asked.cache_clear()  # the prompt has not been seen by this client: tokenize and hash it
+            # the prompt has not been seen by this client: tokenize and hash it
+            client.session.refresh().intake.forget_prompts()
             hit(number)
 
         arms: dict[str, list[float]] = {"raw diskcache read": [], "hit": [], "hit, prompt not seen before": []}

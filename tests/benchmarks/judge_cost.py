@@ -9,6 +9,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,7 +26,7 @@ from stablegen.guard.verdicts import judge
 from stablegen.machine.device import cpu_model
 
 
-def microseconds(records: list[Record], judged: partial) -> dict[str, float]:
+def microseconds(records: list[Record], judged: Callable[[Record], object]) -> dict[str, float]:
     """Return median and range of the time of one judgement, of records whose columns nobody has looked at yet."""
     took = []
     for one in records:

@@ -13,15 +13,13 @@ from pathlib import Path
 import torch
 
 from stablegen.core.params import GenerationParams
-from stablegen.core.policy import Batch, Native
+from stablegen.core.policy import Batch, control_policy
 from stablegen.core.request import Request
 from stablegen.engine.base import Engine
-from stablegen.engine.loading import load_engine
 from stablegen.guard.verdicts import MANTISSA_BITS
 from stablegen.lab.prompts import SAMPLE
 from stablegen.machine.digests import DigestMemory
-from stablegen.machine.plan import find_device, numerics_on
-from stablegen.sources.checkpoint import Checkpoint, open_checkpoint
+from stablegen.sources.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from stablegen.tokenizer import Tokenizer
 
 Rows = list[torch.Tensor]
@@ -31,11 +29,15 @@ def run(engine: Engine, requests: list[Request], size: int) -> list[torch.Tensor
     """Return each request's score rows [steps, V], run ``size`` requests at a time."""
     answers = []
     for start in range(0, len(requests), size):
-        rows: list[Rows] = [[] for _ in requests[start : start + size]]
-        batch = Batch(tuple(requests[start : start + size]))
-        for _ in engine.generate(batch, lambda slot, row, rows=rows: rows[slot].append(row.cpu().clone())):
+        group = requests[start : start + size]
+        rows: dict[Request, Rows] = {request: [] for request in group}
+
+        def observe(request: Request, row: torch.Tensor, rows: dict[Request, Rows] = rows) -> None:
+            rows[request].append(row.cpu().clone())
+
+        for _ in engine.generate(Batch(tuple(group)), observe):
             pass
-        answers += [torch.stack(steps) for steps in rows]
+        answers += [torch.stack(rows[request]) for request in group]
     return answers
 
 
@@ -55,8 +57,8 @@ def summary(moved: torch.Tensor) -> dict[str, float]:
 
 def load(checkpoint: Checkpoint, device: str, dtype: str) -> Engine:
     """Return the native engine in a dtype."""
-    found = find_device(device, dtype)
-    return load_engine(checkpoint, numerics_on(found, Native(), dtype), found.name)
+    source = CheckpointSource(checkpoint)
+    return source.start(source.plan(control_policy(), dtype, device))
 
 
 def main() -> None:
@@ -71,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     memory = DigestMemory(None)
     checkpoint = open_checkpoint(options.model, None, memory)
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, memory)
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, memory.digest(checkpoint.tokenizer_file))
     prompts = SAMPLE[: options.prompts]
     params = GenerationParams(max_new_tokens=options.tokens)
     requests = [Request(tokenizer.encode(p), params, checkpoint.identity, tokenizer.digest, p) for p in prompts]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stablegen.client import Client
-from stablegen.lab.bench import RANDOM
+from stablegen.lab.subject import RANDOM
 from stablegen.sources.checkpoint import EMBEDDED
 
 

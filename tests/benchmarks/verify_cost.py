@@ -10,12 +10,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from subjects import client_of, parse, parser_of, subject_of, tell
 
 from stablegen.client import Client
-from stablegen.lab.bench import Spread
+from stablegen.lab.reports.bench import Spread
 from stablegen.machine.digests import DigestMemory
 from stablegen.sources.checkpoint import open_checkpoint
 
@@ -40,8 +41,8 @@ def measure(client: Client, vocabulary: int, batch: int, repeats: int) -> dict[s
     groups = [made[start : start + batch] for start in range(0, len(made), batch)]
     proving, anew = [], []
     for at in range(0, len(groups), 2):
-        proving.append(seconds(lambda group=groups[at]: client.verify(group)))
-        anew.append(seconds(lambda group=groups[at + 1]: client.verify(group, from_scratch=True)))
+        proving.append(seconds(partial(client.verify, groups[at])))
+        anew.append(seconds(partial(client.verify, groups[at + 1], from_scratch=True)))
     ratios = [one / other for one, other in zip(proving[2:], anew[2:], strict=True)]
     return {
         "verify_ms": Spread.of([1e3 * one for one in proving[2:]]).model_dump(exclude={"values"}),

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
@@ -21,7 +21,9 @@ from support import client, with_token
 
 import stablegen
 from stablegen import cli
+from stablegen.console.lab.demo import render
 from stablegen.lab import demo
+from stablegen.lab.reports.demo import DemoReport
 from stablegen.reports.cache import CacheReport
 
 PROMPT = "Tell me about yourself.\nanswer : "
@@ -33,7 +35,7 @@ class Done(NamedTuple):
     err: str
 
     @property
-    def lines(self) -> list[dict]:
+    def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
@@ -277,7 +279,7 @@ def test_doctor_says_why_a_promise_is_broken(run: Run, monkeypatch: pytest.Monke
 
     honest = ReferenceKernels.linear
 
-    def batch_dependent(self: ReferenceKernels, x, layer, **options):
+    def batch_dependent(self: ReferenceKernels, x: Any, layer: Any, **options: Any) -> Any:
         return honest(self, x, layer, **options) * (1.0 + 1e-6 * (len(x) % 7))
 
     monkeypatch.setattr(ReferenceKernels, "linear", batch_dependent)
@@ -306,7 +308,7 @@ def test_the_demo_reports_what_it_measured(run: Run, monkeypatch: pytest.MonkeyP
     assert {judged["verdict"]["status"] for judged in report["judged"][:2]} == {"exact"}
     assert {judged["verdict"]["status"] for judged in report["judged"][2:]} <= {"stable", "at_risk"}
     console = Console(record=True, width=160, file=io.StringIO())
-    demo.render(demo.DemoReport.model_validate(report), console)
+    render(DemoReport.model_validate(report), console)
     shown = console.export_text()
     assert "not one bit" in shown
     assert ("no token flipped" in shown) == (not any(m["flips"] for m in report["measured"]))
@@ -336,7 +338,15 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
 
 def test_an_interrupt_loses_nothing_and_a_rerun_continues(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("".join(f"Story number {n}:\n" for n in range(600)))
-    arguments = ("generate", "--file", str(tmp_path / "in.txt"), "--max-new-tokens", "60", "--policy", "single")
+    arguments: tuple[str, ...] = (
+        "generate",
+        "--file",
+        str(tmp_path / "in.txt"),
+        "--max-new-tokens",
+        "60",
+        "--policy",
+        "single",
+    )
     arguments += ("--cache-dir", str(tmp_path / "cache"), "--json")
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60

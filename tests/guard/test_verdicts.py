@@ -60,7 +60,9 @@ def test_a_check_of_other_numerics_proves_nothing() -> None:
 
 def flips(made: Trace, recorded: str, now: str, device: str = "cuda") -> list[float]:
     """Return the prior's probabilities between two dtypes on one kind of device."""
-    return flip_probabilities(made, numerics(dtype=recorded, device=device), numerics(dtype=now, device=device))
+    found = flip_probabilities(made, numerics(dtype=recorded, device=device), numerics(dtype=now, device=device))
+    assert found is not None
+    return found
 
 
 def test_unknown_without_a_trace() -> None:
@@ -78,6 +80,7 @@ def test_the_accepted_risk_divides_stable_from_at_risk(
     verdict = judge(made, numerics(dtype=now, torch="0.0.1"), check=None, accepted_risk=accepted)
     risks = flips(made.trace, recorded, now, "cpu")
     expected = 1 - prod(1 - risk for risk in risks)
+    assert verdict.probability is not None
     assert verdict.probability == pytest.approx(expected, abs=1e-12)
     assert verdict.status == ("at_risk" if verdict.probability > accepted else "stable")
 

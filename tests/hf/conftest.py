@@ -60,8 +60,8 @@ def anew(tmp_path: Path) -> Iterator[Callable[..., Client]]:
         made: list[Client] = []
 
         def make(model: Any, words: Any = None, **settings: Any) -> Client:
-            settings = {"policy": "single", "cache_dir": tmp_path / f"cache-{len(made)}"} | settings
-            made.append(opened.enter_context(Client(model, words, **settings)))
+            given: dict[str, Any] = {"policy": "single", "cache_dir": tmp_path / f"cache-{len(made)}"} | settings
+            made.append(opened.enter_context(Client(model, words, **given)))
             return made[-1]
 
         yield make

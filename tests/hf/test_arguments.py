@@ -99,13 +99,13 @@ def test_what_changes_no_answer_is_no_part_of_the_key(name: str, asking: Client)
     values |= {"assistant_ensemble_weight": 0.5}
     values |= dict.fromkeys(("compile_config", "continuous_batching_config", "cache_config"))
     value = values.get(name, 1)
-    plain = resolve(asking, IDS, GenerationConfig(max_new_tokens=2), None, 0, {}).requests
+    plain = resolve(asking.session, IDS, GenerationConfig(max_new_tokens=2), None, 0, {}).requests
     config = GenerationConfig(max_new_tokens=2)
     if name != "trust_remote_code":
         setattr(config, name, value)
-    assert resolve(asking, IDS, config, None, 0, {}).requests == plain
+    assert resolve(asking.session, IDS, config, None, 0, {}).requests == plain
     if name == "trust_remote_code":
-        assert resolve(asking, IDS, GenerationConfig(max_new_tokens=2), None, 0, {name: True}).requests == plain
+        assert resolve(asking.session, IDS, GenerationConfig(max_new_tokens=2), None, 0, {name: True}).requests == plain
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -127,8 +127,8 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 def test_processors_are_those_that_transformers_makes_in_its_order(settings: dict[str, Any], asking: Client) -> None:
     config = GenerationConfig(max_new_tokens=4, **settings)
-    (asked,) = resolve(asking, IDS, config, 1, 0, {}).requests
-    model = asking.source.model  # type: ignore[attr-defined]
+    (asked,) = resolve(asking.session, IDS, config, 1, 0, {}).requests
+    model = asking.source.resolver()
     resolved, _ = model._prepare_generation_config(config)
     model._prepare_special_tokens(resolved, True, device=IDS.device, batch_size=1)
     resolved = model._prepare_generated_length(resolved, True, True, "input_ids", 3, IDS)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from engines import make_ids
 from fixed_shapes import VOCABULARY, small_model
-from invariance import make_ids
 from support import TINY, client, small_gpt2
 from tokenizers import Tokenizer
 

@@ -109,7 +109,7 @@ def test_warpers_stand_in_transformers_order(asking: Client) -> None:
     out = ours(asking, one(row), do_sample=True, seed=1, repetition_penalty=1.3, **settings, **IN_FULL)
     torch.manual_seed(0)
     forced = GenerationConfig(do_sample=True, repetition_penalty=1.3, **settings)
-    expected = theirs(asking.source.model, one(row), do_sample=None, generation_config=forced, **IN_FULL)
+    expected = theirs(asking.source.resolver(), one(row), do_sample=None, generation_config=forced, **IN_FULL)
     assert_equal_rows(out.scores[:1], expected.scores[:1])  # what follows depends on what was drawn
     assert 1 < int((out.scores[0] > -torch.inf).sum()) < 30
 
@@ -137,7 +137,8 @@ def test_one_seed_a_row(asking: Client) -> None:
     ]
     for seeds in ([5, 6, 5], (5, 6, 5), torch.tensor([5, 6, 5])):
         assert_as_alone(ours(emptied(asking), padded(rows), **settings | {"seed": seeds}), alone, range(3))
-    texts = asking.complete(PROMPTS[:3], max_new_tokens=NEW, **SAMPLED | {"seed": [5, 6, 5]})
+    same: dict[str, Any] = {"max_new_tokens": NEW, **SAMPLED, "seed": [5, 6, 5]}
+    texts = asking.complete(PROMPTS[:3], **same)
     assert [(done.key, done.cached) for done in texts] == [(done.key, True) for done in alone]
     shared = ours(asking, padded(rows), **settings | {"seed": torch.tensor(5)}).completions
     assert [done.cached for done in shared] == [True, False, True]
@@ -238,7 +239,7 @@ def test_a_margin_is_how_far_the_best_of_scores_and_noise_is_ahead(policy: str, 
     for row, done in enumerate(out.completions):
         assert len(done.trace) == NEW
         for step, token in enumerate(done.token_ids):
-            state = torch.tensor([state_of(SAMPLED["seed"], 4 + row % 2, step)])
+            state = torch.tensor([state_of(int(SAMPLED["seed"]), 4 + row % 2, step)])
             noisy = out.scores[step][row].double() + gumbel(state, out.scores[step].shape[1])[0]
             best = torch.topk(noisy, 2)
             assert best.indices[0] == token

@@ -48,8 +48,8 @@ def test_the_engine_finds_what_was_planned(policy: str, tmp_path: Path) -> None:
     with client(tmp_path, model=small_directory(), policy=policy) as made:
         planned = made.numerics
         made.complete("Hello", max_new_tokens=1)
-        assert made._engine is not None
-        assert made._engine.numerics == made.numerics == planned
+        assert made.numerics == planned
+        assert made.self_check().numerics.policy == policy
 
 
 def test_the_digest_is_stable() -> None:

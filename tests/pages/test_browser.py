@@ -112,7 +112,7 @@ def test_answers_are_searched_and_filtered(open_page: Open, pages: dict[str, Pat
     page = open_page(pages["cache"])
     page.get_by_role("searchbox", name="Search").fill("number 234.")
     page.wait_for_function("() => document.getElementById('count').textContent.startsWith('1 of')")
-    assert "number 234." in page.locator("#rows tr[data-place] td").nth(1).text_content()
+    assert "number 234." in page.locator("#rows tr[data-place] td").nth(1).inner_text()
     page.get_by_role("searchbox", name="Search").fill("nothing is like this")
     page.locator("#nothing").wait_for()
     assert rows(page) == []

@@ -227,7 +227,7 @@ class NoFollow(FakeEngine):
     def __init__(self, under: Numerics) -> None:
         super().__init__(under, limits=Limits(context=256))
 
-    follow = Engine.follow  # type: ignore[assignment]
+    follow = Engine.follow
 
 
 def test_an_engine_that_cannot_teacher_force_is_named() -> None:

@@ -88,6 +88,7 @@ def test_an_unaltered_answer_is_exact(tmp_path: Path, dtype: str) -> None:
         for verified in later.verify(later.complete(PROMPTS, max_new_tokens=NEW)):
             assert verified.verdict.status == "exact"
             assert verified.verdict.basis == "verified"
+            assert verified.fresh is not None
             assert same(verified.fresh, verified.record)
 
 
