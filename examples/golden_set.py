@@ -1,6 +1,6 @@
 """A golden set that passes at any batch size, and replays from the cache without loading the model.
 
-The answers are recorded once, then scored again alone, in batches of three and all at once, each time with an empty
+The answers are recorded once, one prompt at a time, then in batches of three and all at once, each with an empty
 cache: every score row must have the same bits. The last run is served from the cache and imports no torch.
 
 Run it with: python examples/golden_set.py

@@ -31,18 +31,17 @@ if TYPE_CHECKING:
     import torch
 
 Answers = str | Record | Completion
-"""What verbs take for an answer in the cache: its key, its record or its completion."""
+"""How an answer in the cache may be given: by its key, its record or its completion."""
 
 
 class Client:
     """A cached generation client with a determinism guard.
 
-    ``Client(model, tokenizer)`` stands around a transformers model that is loaded already, ``Client(source)`` around
-    any ``Source``; ``Client.from_pretrained`` and ``Client.for_app`` open a checkpoint, loaded at the first miss.
+    ``Client(model, tokenizer)`` wraps a transformers model that is already loaded, ``Client(source)`` any ``Source``;
+    ``Client.from_pretrained`` and ``Client.for_app`` open a checkpoint, loaded at the first miss. ``given`` are the
+    arguments that ``ClientSettings`` describes. ``store`` holds the cache in place of a folder.
 
-    ``given`` are the arguments that ``ClientSettings`` describes. ``store`` keeps the cache in place of a folder.
-
-    Threads may share a client: what several ask for at once is computed once. A closed client raises
+    Threads may share a client: a request that several make at once is computed once. A closed client raises
     ``ClientClosedError``. Raises a subclass of ``StablegenError`` for anything it cannot do.
     """
 
@@ -56,7 +55,7 @@ class Client:
         settings: Effective | None = None,
         **given: Unpack[ClientSettings],
     ) -> None:
-        """Open a session; ``settings``, already resolved, stand in place of ``app`` and all that is given."""
+        """Open a session; ``settings``, already resolved, replace ``app`` and ``given``."""
         settings = load_settings(app, **given) if settings is None else settings
         self.session: Session = open_session(model, tokenizer, settings, store)
 
@@ -70,10 +69,7 @@ class Client:
         store: Store | None = None,
         **given: Unpack[ClientSettings],
     ) -> Client:
-        """Return a client for a hub name, a local directory, or (None) the embedded ``tiny-gpt2``.
-
-        What is left None is settled as for ``Client`` itself.
-        """
+        """Return a client for a hub name, a directory, or (None) ``tiny-gpt2``; resolve the rest as ``Client`` does."""
         return cls.from_settings(load_settings(app, model=model, revision=revision, **given), store=store)
 
     @classmethod
@@ -83,10 +79,10 @@ class Client:
 
     @classmethod
     def from_settings(cls, settings: Effective, *, store: Store | None = None) -> Client:
-        """Return a client for the model that settings name, already resolved."""
+        """Return a client for the model that already resolved settings name."""
         return cls(named_source(settings), settings=settings, store=store)
 
-    # -- asking ------------------------------------------------------------------------------------------------
+    # -- answering -----------------------------------------------------------------------------------------------
 
     @overload
     def complete(self, prompts: str, *, progress: Progress | None = None, **params: Any) -> Completion: ...
@@ -98,19 +94,19 @@ class Client:
     def complete(
         self, prompts: str | Sequence[str], *, progress: Progress | None = None, **params: Any
     ) -> Completion | list[Completion]:
-        """Return the completion of a prompt, or those of several in their order; equal ones are computed once.
+        """Return the completion of a prompt, or those of several in their order; equal prompts are computed once.
 
-        ``params``: ``max_new_tokens`` (tokens, 64 unless given), ``eos_token_id`` (the model's unless given), and the
-        others of ``stablegen.core.params.SUPPORTED``, with transformers' meaning. With ``do_sample=True`` a ``seed``,
-        or one for each prompt, makes an answer a function of the request; without one it is drawn and nothing is
-        cached. ``sample_index`` tells several samples of one prompt and seed apart. Bad input raises before anything
+        ``params``: ``max_new_tokens`` (tokens, 64 by default), ``eos_token_id`` (by default the model's), and the
+        others of ``stablegen.core.params.SUPPORTED``, with transformers' meaning. With ``do_sample=True``, a ``seed``,
+        or one for each prompt, makes an answer a function of the request; without one it is drawn anew and not
+        cached. ``sample_index`` selects one of several samples of a prompt and seed. Bad input raises before anything
         runs. Where a part fails later, or a hit may not be served (``on_risk="raise"``), the rest is done and cached
         first; the error's ``completions`` hold it.
         """
         found = self.session.complete(prompts, params, progress)
         return found[0] if isinstance(prompts, str) else found
 
-    @overload  # a string is a sequence of strings too, and is told apart first
+    @overload  # a string is a sequence of strings too, and is checked first
     def score(  # type: ignore[overload-overlap]
         self, prompts: str, continuations: str, *, progress: Progress | None = None
     ) -> Score: ...
@@ -132,15 +128,15 @@ class Client:
     ) -> Score | list[Score]:
         """Return how probable a continuation is after its prompt, or those of several pairs in their order.
 
-        Pairs are strings, which are tokenized together, or lists of token ids. Log-probabilities are natural and
-        float32, computed by the client's policy, and cached; equal pairs are computed once. A prompt has at least one
-        token, prompt and continuation together at most one more than the model's context. Raises as ``complete`` does.
+        Each pair is two strings, tokenized together, or two lists of token ids. Log-probabilities are natural and
+        float32, computed under the client's policy, and cached; equal pairs are computed once. A prompt has at least
+        one token; prompt and continuation have at most one more than the model's context. Raises as ``complete`` does.
         """
         if isinstance(prompts, str) and isinstance(continuations, str):
             return self.session.score([prompts], [continuations], progress)[0]
         if isinstance(prompts, str):
             raise PromptError(
-                f"score() was given one prompt and {type(continuations).__name__}",
+                f"score() was given one prompt and continuations of type {type(continuations).__name__}",
                 accepted="two strings, or two lists of equal length",
             )
         return self.session.score(prompts, continuations, progress)
@@ -148,18 +144,17 @@ class Client:
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **arguments: Any) -> Any:
         """Generate as transformers' ``model.generate`` does, with the same arguments and the same kinds of result.
 
-        Besides them: ``seed`` (one, or one for each row) and ``sample_index`` for sampling, and ``unsupported``: what
-        happens to arguments whose answers no policy makes stable, ``"raise"`` ``UnsupportedParameterError`` (the
-        default) or ``"passthrough"``, which hands the call to transformers, uncached. ``stablegen/hf/README.md`` lists
-        every argument. An output asked for by ``return_dict_in_generate`` has ``completions``, which carry records and
-        verdicts.
+        It also takes ``seed`` (one, or one for each row) and ``sample_index`` for sampling, and ``unsupported`` for
+        arguments whose answers no policy makes stable: ``"raise"`` (the default) raises ``UnsupportedParameterError``,
+        ``"passthrough"`` passes the call to transformers, uncached. ``stablegen/hf/README.md`` lists every argument.
+        With ``return_dict_in_generate`` the output has ``completions``, with records and verdicts.
         """
         from stablegen.hf.generate import generate
 
         return generate(self.session, inputs, generation_config, **arguments)
 
     def request(self, prompt: str, **params: Any) -> Request:
-        """Return the request that ``complete`` would make of a prompt; raise the same errors for bad input."""
+        """Return the request that ``complete`` would make for a prompt; raise the same errors for bad input."""
         return self.session.request(prompt, params)
 
     def make_request(
@@ -170,10 +165,10 @@ class Client:
         logits_processors: Mapping[str, Any] | None = None,
         stopping_criteria: Mapping[str, Callable[[int], Any]] | None = None,
     ) -> Request:
-        """Return the request for prompt token ids and a caller's generation arguments.
+        """Return the request for prompt token ids and generation arguments.
 
-        ``logits_processors`` and ``stopping_criteria``: the caller's own by their cache keys, the latter as functions
-        that make one for a prompt of so many tokens.
+        ``logits_processors`` and ``stopping_criteria``: the caller's own by their cache keys; a criterion is given as a
+        function that makes it from the prompt's length in tokens.
         """
         return self.session.make_request(prompt_ids, arguments, logits_processors or {}, stopping_criteria or {})
 
@@ -187,14 +182,14 @@ class Client:
     ) -> list[Completion]:
         """Return the completions of requests made by ``request`` or ``make_request``, in their order.
 
-        ``cached=False``: nothing is read from the cache nor kept. ``listen`` hears what is generated. Raises
+        ``cached=False`` neither reads nor writes the cache. ``listen`` gets the generated tokens. Raises
         ``InvalidRequestError`` for a request that was made for another model or tokenizer.
         """
         return self.session.run_requests(requests, progress=progress, cached=cached, listen=listen)
 
-    # -- proving -----------------------------------------------------------------------------------------------
+    # -- verifying ---------------------------------------------------------------------------------------------
 
-    @overload  # a record is a tuple, and is told apart first
+    @overload  # a record is a tuple, and is checked first
     def verify(  # type: ignore[overload-overlap]
         self, answers: Answers, **how: Unpack[VerifyOptions]
     ) -> Verification: ...
@@ -204,16 +199,16 @@ class Client:
     def verify(
         self, answers: Answers | Sequence[Answers], **how: Unpack[VerifyOptions]
     ) -> Verification | list[Verification]:
-        """Hold a cached answer, or several, against what a run gives today.
+        """Compare a cached answer, or several, with what a run gives now.
 
-        ``answers``: keys, records or completions; ``how``: ``repair=True`` puts the fresh answers in their place,
-        ``from_scratch=True`` recomputes all, ``progress`` hears how many are done. Where prefill and decode give the
-        same bits, one pass over prompt and answer settles it, all answers together, and only what follows the first
-        differing step is generated anew. Elsewhere an answer of other numerics is replayed up to its last step whose
-        risk is not negligible, and recomputed where it diverges before. Under equal numerics, and with ``repair`` or
-        ``from_scratch``, answers are recomputed. The fresh record equals a fresh generation's bit for bit. Raises
-        ``RecordNotFoundError`` for an unknown key, ``InvalidRequestError`` for another model's answer, and what
-        ``complete`` raises.
+        ``answers``: keys, records or completions; ``how``: ``repair=True`` replaces them in the cache by the fresh
+        answers, ``from_scratch=True`` recomputes all, ``progress`` is called with how many are done. Where prefill and
+        decode give the same bits, one pass over prompt and answer suffices, for all answers together, and only what
+        follows the first differing step is generated. Otherwise an answer of other numerics is replayed up to its last
+        step whose risk is not negligible, and recomputed where it diverges before. Under equal numerics, and with
+        ``repair`` or ``from_scratch``, answers are recomputed. The fresh record equals a fresh generation's bit for
+        bit. Raises ``RecordNotFoundError`` for an unknown key, ``InvalidRequestError`` for another model's answer, and
+        what ``complete`` raises.
         """
         if isinstance(answers, (str, Record, Completion)):
             return verify(self.session, [answers], **how)[0]
@@ -226,35 +221,34 @@ class Client:
         sizes: Sequence[int] = forcing.CALIBRATION_SIZES,
         progress: Progress | None = None,
     ) -> list[Calibration]:
-        """Measure how far margins move from the numerics of these answers to this client's; judge by it from then on.
+        """Measure how far margins move from the answers' numerics to this client's, and judge by it from then on.
 
-        ``answers``: keys, records or completions, whose tokens are scored again as they stand. Where the policy
-        promises nothing they are run in batches of each of the ``sizes``. Returns a
-        calibration for each numerics among the answers that has steps enough; the cache keeps them. Raises
-        ``CalibrationError`` where none has, and what ``verify`` raises.
+        ``answers``: keys, records or completions, whose tokens are teacher-forced; where the policy promises nothing,
+        in batches of each of the ``sizes``. Returns a calibration for each numerics with enough steps; the cache keeps
+        them. Raises ``CalibrationError`` where none has enough, and what ``verify`` raises.
         """
         return forcing.calibrate(self.session, answers, sizes=sizes, progress=progress)
 
     def calibrate_from(
         self, source: Client, prompts: Sequence[str], *, max_new_tokens: int, progress: Progress | None = None
     ) -> list[Calibration]:
-        """Let ``source``, another client of the same model, answer prompts, and ``calibrate`` by its answers.
+        """Let ``source``, another client of the same model, answer prompts, and ``calibrate`` from its answers.
 
-        A source that promises nothing answers one prompt after the other: this client shows what company does.
+        A source whose policy promises nothing answers one prompt at a time: only this client is measured in batches.
         """
         return forcing.calibrate_from(self.session, source.session, prompts, max_new_tokens, progress)
 
     def score_rows(self, completions: Iterable[Completion]) -> dict[str, list[torch.Tensor]]:
         """Return each answer's full score rows by its key: for each step the model's own [V] float32, on the device.
 
-        They are not cached, but computed along the answer under the client's numerics.
+        They are not cached, but computed by teacher forcing under the client's numerics.
         """
         return forcing.score_rows(self.session, completions)
 
     def self_check(self) -> SelfCheck:
-        """Load the engine and return what its policy keeps of its promise here, measured now.
+        """Load the engine, and check now whether the policy keeps its promise here.
 
-        Every shape is measured when it is first used; this measures the smallest.
+        Every shape is checked when it is first used; this checks the smallest.
         """
         return self.session.self_check()
 
@@ -273,7 +267,7 @@ class Client:
         return self.session.judge(record)
 
     def calibration(self, record: Record) -> Calibration | None:
-        """Return what was measured of the noise between a record's numerics and this client's, with its model."""
+        """Return the calibration from a record's numerics to this client's; None where there is none for its model."""
         return self.session.calibration(record)
 
     def numerics_for(self, request: Request) -> Numerics:
@@ -281,7 +275,7 @@ class Client:
         return self.session.numerics_for(request)
 
     def answers_for(self, record: Record) -> bool:
-        """Return whether a record's request is one that this client, with its model and tokenizer, could answer."""
+        """Return whether this client's model and tokenizer could answer a record's request."""
         return self.session.answers_for(record)
 
     def warnings(self) -> list[FlaggedHit]:
@@ -295,7 +289,7 @@ class Client:
 
     @property
     def source(self) -> Source:
-        """Return the model as it can be asked about."""
+        """Return the model's source."""
         return self.session.source
 
     @property
@@ -305,17 +299,17 @@ class Client:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Return which model this client answers for, as it was last seen."""
+        """Return the identity of the model, as of the last call."""
         return self.session.identity
 
     @property
     def numerics(self) -> Numerics:
-        """Return the numerics under which misses run; once the engine is loaded, as it found them."""
+        """Return the numerics under which misses run; once the engine is loaded, its own."""
         return self.session.numerics
 
     @property
     def policy(self) -> ExecutionPolicy:
-        """Return how misses run."""
+        """Return the policy under which misses run."""
         return self.session.parts.policy
 
     @property
@@ -330,7 +324,7 @@ class Client:
 
     @property
     def app(self) -> str | None:
-        """Return the app whose settings hold; None where there is none."""
+        """Return the app whose settings apply; None where there is none."""
         return self.session.parts.app
 
     # -- closing -----------------------------------------------------------------------------------------------
@@ -340,7 +334,7 @@ class Client:
         self.session.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse to be copied or pickled: a copy would go on with the engine and the files of this one."""
+        """Refuse to be copied or pickled: a copy would share the engine and the files of this client."""
         raise ModelError(
             "a client, and with it a stabilized model, cannot be copied or pickled",
             hint="Make a client of its own for the copy; for a model, call stablegen.restore(model) first",

@@ -1,7 +1,7 @@
 """Settings per app: ``stablegen.toml`` (or ``[tool.stablegen]`` in pyproject.toml), environment and arguments.
 
 Arguments beat the environment, it beats ``[apps.NAME]``, that beats ``[defaults]``, these beat the built-in values.
-Every value is checked where it stands, also where a higher layer hides it and in the tables of other apps.
+Every value is validated in its place, even where a higher layer overrides it, and in the tables of other apps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ClientSettings(TypedDict, total=False):
     """What every way to make a client takes.
 
     What is None or not given comes from the environment (``STABLEGEN_POLICY`` ...), from the app's settings, from the
-    ``[defaults]`` of the configuration file, and last from what stands below in brackets.
+    ``[defaults]`` of the configuration file, and last from the built-in value, in brackets below.
     """
 
     policy: str | ExecutionPolicy | None
@@ -77,14 +77,14 @@ class Layer:
 
 
 class LayerSource(PydanticBaseSettingsSource):
-    """Hand one layer (a table, a variable, the arguments) to pydantic-settings."""
+    """Pass one layer (a table, a variable, the arguments) to pydantic-settings."""
 
     def __init__(self, settings_cls: type[BaseSettings], layer: Layer) -> None:
         super().__init__(settings_cls)
         self.layer = layer
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[object, str, bool]:
-        """Return the layer's value of one field as it stands."""
+        """Return the layer's value of one field, unchanged."""
         return self.layer.values.get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
@@ -185,10 +185,10 @@ def load_settings(
 ) -> Effective:
     """Merge arguments, environment and file into the settings in force.
 
-    ``start`` is the folder where the search for a file begins (None: the current one), ``environ`` stands in for
-    ``os.environ``. An argument that is ``None`` is not given. A revision belongs to the model named
-    beside it: where a higher place names another model, a lower place's revision is dropped.
-    Raises ConfigError, which names the place and what is accepted there.
+    ``start`` is the folder where the search for a file begins (None: the current one), ``environ`` replaces
+    ``os.environ``. An argument that is ``None`` counts as not given. A revision belongs to the model named beside it:
+    where a higher place names another model, a lower place's revision is dropped. Raises ConfigError, which names the
+    place and what is accepted there.
     """
     environ = os.environ if environ is None else environ
     given = {key: value for key, value in arguments.items() if value is not None}
@@ -221,7 +221,7 @@ def _without(layer: Layer, key: str) -> Layer:
 
 
 def _environment(environ: Mapping[str, str]) -> list[Layer]:
-    """Return a layer per variable; an empty one counts as not set, for CI systems pass an absent value that way."""
+    """Return a layer per variable; an empty one counts as not set, because CI systems pass absent values so."""
     keys = {f"STABLEGEN_{key.upper()}": key for key in Settings.model_fields}
     known = [*keys, _APP, _CONFIG]
     for name in sorted(environ):
@@ -260,7 +260,7 @@ def _tables(folder: Path, environ: Mapping[str, str]) -> tuple[Path | None, Laye
 
 
 def _find(folder: Path, environ: Mapping[str, str]) -> tuple[Path | None, object]:
-    """Return the file and its part that is ours: the one the environment names, or the nearest from ``folder`` up."""
+    """Return the file and its stablegen part: the one the environment names, or the nearest from ``folder`` up."""
     if environ.get(_CONFIG):
         file = Path(str(_located("cache_dir", environ[_CONFIG], Path.cwd())))
         content = _parse(file, f" (environment {_CONFIG})")
@@ -274,7 +274,7 @@ def _find(folder: Path, environ: Mapping[str, str]) -> tuple[Path | None, object
 
 
 def _parse(file: Path, source: str = "") -> object:
-    """Return what the file sets, or None for a pyproject.toml without us; one that never names us is not parsed."""
+    """Return what the file sets, or None for a pyproject.toml without stablegen; one not naming it is not parsed."""
     try:
         data = file.read_bytes()
         if file.name == _PYPROJECT and b"stablegen" not in data:
@@ -301,7 +301,7 @@ def _located(key: str | None, value: object, folder: Path) -> object:
     if key not in ("model", "cache_dir") or not isinstance(value, (str, os.PathLike)) or not value:
         return value
     if key == "model" and isinstance(value, str) and value.split("/")[0] not in (".", "..", "~"):
-        return value  # a hub id, or absolute as it stands
+        return value  # a hub id, or an absolute path
     try:
         path = Path(value).expanduser()
         path = path if path.is_absolute() else (folder / path).resolve()
@@ -315,7 +315,7 @@ def _origin(key: str, layers: Iterable[Layer]) -> str:
 
 
 def _explain(error: ValidationError, layers: Iterable[Layer]) -> ConfigError:
-    """Turn pydantic's first complaint into an error that names key, place and what is accepted."""
+    """Turn pydantic's first error into one that names the key, its place and what is accepted."""
     first = error.errors(include_url=False)[0]
     key, value = str(first["loc"][0]), first["input"]
     origin = _origin(key, layers)

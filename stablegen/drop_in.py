@@ -28,9 +28,9 @@ def stabilize(
 ) -> Any:
     """Return the transformers model itself, its ``generate`` now stable and cached; ``model.stablegen`` is the client.
 
-    ``app``, ``store`` and ``given`` are what ``Client(model, tokenizer)`` takes, and are settled in the same way.
-    Without a tokenizer there are no texts (stop strings, ``Completion.text``). ``unsupported`` is the default of
-    ``generate``'s argument of that name. Stabilized again, a model gets a new client. Raises what ``Client`` raises.
+    ``app``, ``store`` and ``given`` are those of ``Client(model, tokenizer)``, resolved in the same way. Without a
+    tokenizer there are no texts (stop strings, ``Completion.text``). ``unsupported`` is the default of ``generate``'s
+    argument of that name. A model that is stabilized again gets a new client. Raises what ``Client`` raises.
     """
     client = Client(model, tokenizer, app=app, store=store, **given)
     if _ATTRIBUTE in vars(model):
@@ -41,7 +41,7 @@ def stabilize(
 
 
 def restore(model: Any) -> Any:
-    """Return a stabilized model as it was, its client closed; raise ``ModelError`` for one that is not stabilized."""
+    """Undo ``stabilize``, close the client and return the model; raise ``ModelError`` where it is not stabilized."""
     client = vars(model).get(_ATTRIBUTE)
     if not isinstance(client, Client):
         raise ModelError("the model is not stabilized", accepted="a model that stabilize() has returned")
@@ -59,7 +59,7 @@ class StableGenerate:
     def __init__(self, client: Client, unsupported: str, replaced: Any) -> None:
         self._client = client
         self.replaced = replaced
-        """The ``generate`` that the model object itself, and not its class, had before; None where it had none."""
+        """The ``generate`` that the model object itself, not its class, had before; None where it had none."""
         self._unsupported = unsupported
 
     def __call__(self, inputs: Any = None, generation_config: Any = None, *positional: Any, **arguments: Any) -> Any:

@@ -16,7 +16,7 @@
     │   ├── CheckpointError          a file is missing or damaged, weights hold NaN
     │   └── HubError                 the model could not be downloaded
     ├── DeviceError
-    │   ├── DtypeError (ValueError)  the device does not compute in that dtype
+    │   ├── DtypeError (ValueError)  the device does not support that dtype
     │   └── DeviceMemoryError        the batch did not fit
     ├── EngineError
     │   ├── NonFiniteScoresError     scores became NaN or infinite; never cached
@@ -51,7 +51,7 @@ class StablegenError(Exception):
     holds what was computed before the error, each a ``Completion``, so that nothing is lost.
     """
 
-    completions: Sequence[Any] = ()  # the types of core stand above this module
+    completions: Sequence[Any] = ()  # not typed more closely, because core imports this module
 
     def __init__(self, problem: str, *, accepted: str | None = None, hint: str | None = None) -> None:
         self.problem = problem
@@ -86,11 +86,11 @@ class ParameterError(InvalidRequestError):
 
 
 class UnsupportedParameterError(InvalidRequestError):
-    """A generation parameter that is not taken, for no policy could make its answers stable."""
+    """A generation parameter that is not supported, because no policy could make its answers stable."""
 
 
 class AttentionMaskError(InvalidRequestError):
-    """An attention mask of another shape than the ids, with holes, or without a single token."""
+    """An attention mask whose shape differs from the ids', or that has holes or a row without a token."""
 
 
 class InputFileError(InvalidRequestError):
@@ -110,7 +110,7 @@ class ModelError(StablegenError):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint that misses a file, is damaged, or whose weights are not finite."""
+    """A checkpoint that lacks a file, is damaged, or whose weights are not finite."""
 
 
 class HubError(ModelError):
@@ -118,7 +118,7 @@ class HubError(ModelError):
 
 
 class DeviceError(StablegenError):
-    """A device that is not there or cannot be used."""
+    """A device that is missing or cannot be used."""
 
 
 class DtypeError(DeviceError, ValueError):
@@ -138,11 +138,11 @@ class NonFiniteScoresError(EngineError):
 
 
 class TeacherForcingError(EngineError):
-    """The engine cannot score tokens that it is given, which verifying and calibrating take."""
+    """An engine that cannot score given tokens, which verifying and calibrating need."""
 
 
 class NumericsChangedError(EngineError):
-    """The loaded engine computes under other numerics than the client had planned for."""
+    """An engine that computes under other numerics than the client planned for."""
 
 
 class CacheError(StablegenError):
@@ -170,7 +170,7 @@ class RecordNotFoundError(CacheError, KeyError):
 
 
 class DivergenceRiskError(StablegenError):
-    """A hit was flagged and ``on_risk`` is ``"raise"``; ``key`` and ``verdict``, a ``Verdict``, say which and why."""
+    """A flagged hit under ``on_risk="raise"``; ``key`` and ``verdict``, a ``Verdict``, say which and why."""
 
     def __init__(self, problem: str, *, key: str, verdict: Any, hint: str | None = None) -> None:
         super().__init__(problem, hint=hint)
@@ -179,7 +179,7 @@ class DivergenceRiskError(StablegenError):
 
 
 class ClientClosedError(StablegenError):
-    """A client was used after it was closed."""
+    """A client that was used after it was closed."""
 
 
 class CalibrationError(StablegenError):
@@ -187,7 +187,7 @@ class CalibrationError(StablegenError):
 
 
 class MissingPackageError(StablegenError):
-    """An optional package that is needed for what was asked and is not installed."""
+    """An optional package that is needed and not installed."""
 
 
 class MarginWarning(UserWarning):
@@ -203,4 +203,4 @@ class PromiseWarning(UserWarning):
 
 
 class UncachedWarning(UserWarning):
-    """An answer was not cached: sampled without a seed, or handed to transformers as it is."""
+    """An answer was not cached: sampled without a seed, or passed through to transformers."""

@@ -24,7 +24,8 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise MissingPackageError(
-        f"lm-eval is not installed, or not as stablegen needs it: {error}", hint="pip install 'stablegen[lm-eval]'"
+        f"lm-eval is not installed, or in a version that is not supported: {error}",
+        hint="pip install 'stablegen[lm-eval]'",
     ) from error
 
 _T = TypeVar("_T")
@@ -32,9 +33,9 @@ _T = TypeVar("_T")
 
 @register_model("stablegen")
 class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
-    """A client as lm-eval's language model; ``batch_size`` requests are asked of it at a time, which moves no digit.
+    """A client as lm-eval's language model; it gets ``batch_size`` requests at a time, which changes no digit.
 
-    ``client``: one that is there already, ``model.stablegen`` of a stabilized model for instance. Without it,
+    ``client``: an existing one, such as ``model.stablegen`` of a stabilized model. Without it,
     ``pretrained`` and the settings of ``Client.from_pretrained`` make one. ``max_length``: tokens of prompt and answer
     (None: the model's context), ``max_gen_toks``: new tokens where a task names none, ``seed``: for tasks that sample.
     """
@@ -54,7 +55,7 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
     ) -> None:
         super().__init__()
         if device is not None and device.startswith("cuda") and torch_cuda_version() is None:
-            device = None  # lm-eval's command names a GPU unless told
+            device = None  # lm-eval's command names a GPU by default
         if client is None:
             client = Client.from_pretrained(pretrained, device=device, **settings)
         self.client = client
@@ -69,18 +70,18 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         """Return the id that ends a text."""
         ends = self.client.source.eos_token_ids
         if not ends:
-            raise ParameterError("the model names no end token", hint="Set eos_token_id in its generation config")
+            raise ParameterError("the model has no end token", hint="Set eos_token_id in its generation config")
         return ends[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the id that stands before a text without a context."""
+        """Return the id that is put before a text without a context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
-        """Return what tells tokenizers apart."""
+        """Return the digest that identifies the tokenizer."""
         return self.client.tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -92,7 +93,7 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
         for chunk in self._chunks(requests):
-            # what does not fit loses its beginning, as lm-eval's own models do it; the last token is not fed
+            # what does not fit is cut at its beginning, as in lm-eval's own models; the last token is not fed
             kept = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in chunk]
             lengths = [len(continuation) for _, _, continuation in chunk]
             scores = self.client.score(
@@ -122,7 +123,7 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return texts generated up to what ends them; asked for several times, a sampled one is several samples."""
+        """Return texts generated up to their ends; a sampled request that is repeated gets a sample for each time."""
         repeats: Counter[str] = Counter()
         texts = []
         for chunk in self._chunks(requests):
@@ -169,7 +170,7 @@ class StablegenLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
 
 
 def main() -> None:
-    """Run lm-eval's command, to which the model is known."""
+    """Run lm-eval's command with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -11,7 +11,7 @@ from stablegen.errors import CheckpointError, ModelError, ParameterError, Prompt
 
 
 class Tokenizer:
-    """One tokenizer, or none, which knows token ids alone; ``digest`` identifies it in the request key."""
+    """A tokenizer, or the absence of one, which leaves only token ids; ``digest`` identifies it in the request key."""
 
     def __init__(self, backend: Any, digest: str, *, wrapped: Any = None) -> None:
         self._backend = backend
@@ -21,12 +21,12 @@ class Tokenizer:
 
     @classmethod
     def absent(cls) -> Tokenizer:
-        """Return what stands in where there is no tokenizer."""
+        """Return the placeholder for a client without a tokenizer."""
         return cls(None, "")
 
     @classmethod
     def from_file(cls, file: Path, digest: str) -> Tokenizer:
-        """Return the tokenizer of a ``tokenizer.json``, known by its digest; raise ``CheckpointError`` if it is none."""
+        """Return the tokenizer of a ``tokenizer.json`` with that digest; raise ``CheckpointError`` if unreadable."""
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -51,11 +51,11 @@ class Tokenizer:
         return cls(own, hashlib.sha256(own.to_str().encode()).hexdigest(), wrapped=wrapped)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Return the token ids of a prompt; with ``special`` those too that the tokenizer puts around a text."""
+        """Return the token ids of a text; with ``special``, including those that the tokenizer adds around it."""
         if self._backend is None:
             raise PromptError(
                 f"the prompt {text!r:.60} is a text, and this client has no tokenizer",
-                accepted="token ids, by generate()",
+                accepted="token ids, passed to generate()",
                 hint="Give the client the model's tokenizer",
             )
         if self._wrapped is not None:
@@ -65,26 +65,26 @@ class Tokenizer:
     def split(self, prompt: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the token ids of a prompt and of what continues it, tokenized together.
 
-        White space at the prompt's end goes to the continuation, to which tokenizers give it; as lm-eval does it.
+        White space at the prompt's end belongs to the continuation, as tokenizers and lm-eval have it.
         """
         begin = len(prompt.rstrip())
         head, whole = self.encode(prompt[:begin]), self.encode(prompt + continuation)
         if whole[: len(head)] != head:
             raise PromptError(
-                f"the tokens of {prompt!r:.40} are not those with which it begins once {continuation!r:.40} follows",
+                f"the prompt {prompt!r:.40} has other tokens alone than before {continuation!r:.40}",
                 accepted="a prompt that ends where a token ends",
-                hint="Cut the two between words, or give token ids",
+                hint="Split the text between words, or give token ids",
             )
         return head, whole[len(head) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids, special tokens left out; none without a tokenizer."""
+        """Return the text of generated ids without special tokens; '' without a tokenizer."""
         if self._backend is None:
             return ""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def token(self, index: int) -> str:
-        """Return the text of one token as a person reads it, special tokens by name; its id without a tokenizer."""
+        """Return the readable text of one token, special tokens by name; without a tokenizer, its id."""
         if self._backend is None:
             return str(index)
         text = str(self._backend.decode([index], skip_special_tokens=False))
@@ -99,7 +99,7 @@ class Tokenizer:
         return tokenizer is self._wrapped or Tokenizer.from_object(tokenizer).digest == self.digest
 
     def check_texts(self) -> None:
-        """Raise ``ParameterError`` where there is no tokenizer to know texts by."""
+        """Raise ``ParameterError`` where there is no tokenizer, which stop strings need."""
         if self._backend is None:
             raise ParameterError(
                 "stop_strings are texts, and this client has no tokenizer",
@@ -108,7 +108,7 @@ class Tokenizer:
             )
 
     def for_transformers(self) -> Any:
-        """Return the tokenizer as transformers knows it; raise ``ParameterError`` where there is none."""
+        """Return the tokenizer as a transformers object; raise ``ParameterError`` where there is none."""
         self.check_texts()
         if self._wrapped is not None:
             return self._wrapped
@@ -120,7 +120,7 @@ class Tokenizer:
 
 
 def _whole(backend: Any) -> Any:
-    """Return a tokenizer that neither cuts nor pads, whatever its file or an earlier call has set."""
+    """Return a tokenizer that neither truncates nor pads, whatever its file or an earlier call has set."""
     backend.no_truncation()
     backend.no_padding()
     return backend

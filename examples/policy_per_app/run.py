@@ -1,4 +1,4 @@
-"""Two apps with a policy each share one cache: what one of them recorded is judged for the other.
+"""Two apps with a policy each share one cache: answers that one of them recorded are judged for the other.
 
 Run it with: python examples/policy_per_app/run.py
 """
@@ -14,7 +14,7 @@ PROMPTS = ["Tell me about yourself.\nanswer : ", "Do you like old films?\nanswer
 
 
 def main() -> None:
-    os.chdir(HERE)  # stablegen.toml is looked for from the current folder upwards
+    os.chdir(HERE)  # stablegen.toml is searched for from the current folder upwards
     shutil.rmtree("answers", ignore_errors=True)
 
     with stablegen.Client.for_app("chat") as chat:

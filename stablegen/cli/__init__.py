@@ -1,4 +1,4 @@
-"""The command: parses, calls, prints; nothing else. Exit codes: 0 done, 1 a request failed, 2 wrong usage."""
+"""The command line: parse, call, print; nothing else. Exit codes: 0 done, 1 a request failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def show(app_name: App = None, as_json: AsJson = False) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command and leave with its exit code."""
+    """Run the command and exit with its code."""
     warnings.showwarning = _show_warning
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is kept, as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # finished answers are kept, as after Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that cannot show a character
@@ -89,7 +89,7 @@ def main() -> NoReturn:
         say(f"error: {error.format_message()}\nTry 'stablegen --help'.")
         code = 2
     if code == INTERRUPTED:
-        say("stopped; every finished answer is in the cache, and the same command continues")
+        say("stopped; every finished answer is in the cache, and the same command continues from there")
     sys.exit(code if isinstance(code, int) else 0)
 
 

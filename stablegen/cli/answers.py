@@ -50,8 +50,12 @@ app = typer.Typer()
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: --file or standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help='JSON lines {"prompt": ...} or plain text lines.')] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; without any, --file or standard input is read.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='File of prompts: JSON lines {"prompt": ...} or plain text lines.')
+    ] = None,
     model: Model = None,
     revision: Revision = None,
     policy: Policy = None,
@@ -67,7 +71,7 @@ def generate(
     stop: Stop = None,
     on_risk: Annotated[OnRiskChoice | None, typer.Option(help="What happens to a flagged hit.")] = None,
     cache_dir: CacheDir = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers to this file instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers to this file instead of standard output.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Complete prompts, from the cache where it holds them."""
@@ -134,7 +138,7 @@ def _line(
 ) -> str:
     if as_json:
         content = {"prompt": line.prompt, "error": str(error)} if answer is None else completion_json(client, answer)
-        # a generate() call knows no text; the line does
+        # a record made by generate() has no prompt text; the line has
         content["prompt"] = line.prompt
         return json.dumps(content | ({"line": line.number} if line.number else {}), ensure_ascii=False)
     text = f"[failed] {error}" if answer is None else answer.text
@@ -170,7 +174,7 @@ def inspect(
     app_name: App = None,
     cache_dir: CacheDir = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Load the model, and verify it against a fresh run.")
+        bool, typer.Option("--verify", help="Load the model, and verify the answer against a fresh run.")
     ] = False,
     html: PageFile = None,
     as_json: AsJson = False,
@@ -180,7 +184,7 @@ def inspect(
     Where another run's answer is known to diverge from it, both are shown.
     """
     from stablegen.console.answer import render
-    from stablegen.reports.answer import inspect as look
+    from stablegen.reports.answer import inspect as make_report
 
     if html is not None:
         from stablegen.pages.render import check_page
@@ -188,7 +192,7 @@ def inspect(
         check_page(html)
     with make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
         record = client.inspect(client.find_key(key))
-        seen = look(client, record, client.verify(record) if verify else None)
+        seen = make_report(client, record, client.verify(record) if verify else None)
     if html is not None:
         from stablegen.pages.answer import write_answer
 

@@ -24,7 +24,7 @@ from stablegen.cli.options import (
 )
 from stablegen.cli.shared import asked_for, make_client, opened_cache, opened_output
 
-app = typer.Typer(help="Look at the cache, explain a miss, empty it, export it.", no_args_is_help=True)
+app = typer.Typer(help="Show the cache, explain a miss, clear or export the cache.", no_args_is_help=True)
 
 
 @app.command()
@@ -85,7 +85,7 @@ def why(
 def clear(
     app_name: App = None,
     cache_dir: CacheDir = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Remove every record, flagged hit, self-check, calibration and audit."""
     with opened_cache(app_name, cache_dir) as (cache, _):
@@ -98,7 +98,7 @@ def clear(
 def export(
     app_name: App = None,
     cache_dir: CacheDir = None,
-    out: Annotated[Path | None, typer.Option(help="Write to this file instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
 ) -> None:
     """Print every record as JSON, one a line."""
     with opened_cache(app_name, cache_dir) as (cache, _), opened_output(out) as write:

@@ -24,23 +24,23 @@ def calibrate(
         str | None,
         typer.Option(
             "--from",
-            help="POLICY/DTYPE whose answers are scored again, the control policy in the dtype of --to if not given; "
-            "or 'cache': the answers that the cache holds, whatever their numerics.",
+            help="POLICY/DTYPE that generates the answers, by default the control policy in the dtype of --to; or "
+            "'cache' for the answers in the cache, whatever their numerics.",
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--to", help="POLICY/DTYPE that scores them; what the settings say if none.")
+        str | None, typer.Option("--to", help="POLICY/DTYPE that scores them again; by default that of the settings.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts, JSON lines or text lines; a built-in set if none.")
+        Path | None, typer.Option(help="File of prompts, JSON lines or text lines; by default a built-in set.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each answer.")] = 64,
     device: Device = None,
     app_name: App = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how far margins move between two numerics, for the guard to judge hits by."""
+    """Measure how far margins move between two numerics; the guard then judges hits by it."""
     import tempfile
 
     from stablegen.lab.prompts import SAMPLE
@@ -72,7 +72,7 @@ def calibrate(
 
 
 def _pair(option: str, given: str | None, policy: str | None, dtype: str | None) -> tuple[str | None, str | None]:
-    """Return the policy and the dtype of POLICY/DTYPE; of either alone the other stays as it is."""
+    """Return the policy and the dtype of POLICY/DTYPE; where a part is missing, the default given for it."""
     if given is None:
         return policy, dtype
     parts = given.split("/")
@@ -89,18 +89,20 @@ def audit(
     dtype: Dtype = None,
     device: Device = None,
     app_name: App = None,
-    sample: Annotated[int | None, typer.Option(help="Cached answers to audit, chosen at random; all if none.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the sample.")] = 0,
+    sample: Annotated[
+        int | None, typer.Option(help="How many cached answers to audit, chosen at random; by default all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed by which --sample chooses.")] = 0,
     cache_dir: CacheDir = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report as JSON to this file.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw predicted against observed into this .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Plot predicted against observed divergence to this .png, .svg or .pdf file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate cached answers anew from scratch, and compare the guard's verdicts with the results.
+    """Generate cached answers again from scratch, and compare the guard's verdicts with the results.
 
-    Ends with 1 where an answer called exact was not. No record is changed; what was found is kept for `report`.
+    Exits with 1 where an answer judged exact was not. No record is changed; the result is stored for `report`.
     """
     from stablegen.console.audit import render
     from stablegen.lab.plot import check_plot, draw_reliability
@@ -108,7 +110,7 @@ def audit(
     from stablegen.reports.audit import keep
 
     if sample is not None and sample < 1:
-        raise typer.BadParameter(f"--sample {sample} is not a positive number")
+        raise typer.BadParameter(f"--sample {sample} is not a whole number of at least 1")
     if plot is not None:
         check_plot(plot)
     with make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
@@ -175,7 +177,7 @@ def doctor(
     app_name: App = None,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Load the model, measure whether the policy keeps its promise here, and show every check kept so far."""
+    """Load the model, check whether the policy keeps its promise here, and show every stored self-check."""
     import stablegen
 
     with make_client(model, policy, dtype, device, app_name, cache_dir, revision=revision) as client:
@@ -190,7 +192,7 @@ def doctor(
             for name, result in check.checks.items():
                 print(f"    {name}: {result}")
             if check.passed and check.shape.width is not None and not check.slot_free:
-                print("    so each request stands in slot 0 of a batch of its own")
+                print("    so each request runs in slot 0 of a batch of its own")
         if not client.policy.promises:
             print(f"policy {client.policy} promises nothing; hits under it are judged by their margins")
         elif not now.passed:

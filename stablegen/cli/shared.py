@@ -1,4 +1,4 @@
-"""What commands have in common: reading prompts, writing answers, making clients, printing tables."""
+"""What commands share: reading prompts, writing answers, making clients, printing tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_input(prompts: list[str] | None, file: Path | None) -> list[Any]:
-    """Return the lines of prompts given as arguments, in a file or by a pipe."""
+    """Return the lines of prompts given as arguments, in a file or through a pipe."""
     from stablegen.lab.prompts import PromptLine, read_prompts
 
     if prompts and file:
@@ -60,12 +60,12 @@ def asked_for(
     given = {name: value for name, value in sampled.items() if value is not None}
     if given and seed is None:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ParameterError(f"{names} without --seed", accepted="them beside --seed, which means sampling")
+        raise ParameterError(f"{names} given without --seed", accepted=f"{names} together with --seed, which samples")
     return {"max_new_tokens": max_new_tokens, "stop_strings": stop or None, **given}
 
 
 def text_of(line: Any) -> str:
-    """Return the prompt of a line; raise what is wrong with it."""
+    """Return the prompt of a line; raise its error where it has one."""
     if line.error is not None:
         raise line.error
     return str(line.prompt)
@@ -73,7 +73,7 @@ def text_of(line: Any) -> str:
 
 @contextmanager
 def opened_output(out: Path | None) -> Iterator[Callable[[str], None]]:
-    """Yield what writes a line: to standard output, or to a file that appears when it is whole."""
+    """Yield a function that writes a line, to standard output or to a file that appears once it is complete."""
     if out is None:
         yield lambda text: print(text, flush=True)
         return
@@ -139,7 +139,7 @@ def whole(option: str, given: list[str] | None) -> list[int]:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that draws progress on the terminal; None where standard error is none."""
+    """Yield a function that draws progress on the terminal; None where standard error is not one."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -161,7 +161,7 @@ def new_console() -> Console:
 
 
 def new_table(*columns: str) -> Table:
-    """Return an empty table whose numbers stand to the right."""
+    """Return an empty table whose numbers are aligned to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -172,7 +172,7 @@ def new_table(*columns: str) -> Table:
 
 
 def optional(value: float | None, form: str) -> str:
-    """Return a number in a form, nothing for None."""
+    """Return a number formatted by ``form``, '' for None."""
     return "" if value is None else format(value, form)
 
 

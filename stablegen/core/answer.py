@@ -12,10 +12,10 @@ from stablegen.core.verdict import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the caller gets.
+    """The answer to one request.
 
-    ``cached`` says whether the answer stood in the cache; for one computed just now, ``verdict`` is what it would be
-    judged if it were asked for again (or, where it replaces a hit, how the two compare).
+    ``cached`` says whether it came from the cache. ``verdict``: whether a run now would repeat it; for an answer
+    computed just now, how a later hit would be judged, or, where it replaces a hit, how the two compare.
     """
 
     record: Record
@@ -45,9 +45,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Score(Completion):
-    """How probable a continuation is after its prompt; ``exact`` where scoring it again gives the same digits.
+    """How probable a continuation is after its prompt.
 
-    ``stable``: other digits, but the same tokens have the highest scores, as far as ``accepted_risk`` goes.
+    The verdict is ``exact`` where scoring it again gives the same digits, and ``stable`` where digits may differ but
+    the probability that another token gets the highest score at any step is at most ``accepted_risk``.
     """
 
     @property
@@ -68,10 +69,10 @@ class Score(Completion):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What came of verifying a cached answer: the ``record`` that was held against ``fresh``, a run of today.
+    """The result of verifying a cached answer: its ``record``, compared with ``fresh``, the record of a run made now.
 
     ``verdict`` is ``exact`` (same bits), ``stable`` (same tokens) or ``diverged`` at ``verdict.step``. ``fresh`` is
-    None where a part of the answer was replayed and the margins of the rest are too wide to matter.
+    None where only the first steps were replayed, because the margins of the rest are too wide to flip.
     """
 
     record: Record
@@ -80,7 +81,7 @@ class Verification:
 
     @property
     def continuations(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the cached token ids and the fresh ones from the first step on that differs; empty where none does."""
+        """Return the cached and the fresh token ids from the first step that differs; both empty where none does."""
         step = self.verdict.step
         if self.fresh is None or self.verdict.status != "diverged" or step is None:
             return (), ()

@@ -1,4 +1,4 @@
-"""What an audit found: values alone."""
+"""The results of an audit, as values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stablegen.core.numerics import Numerics
 from stablegen.core.verdict import Verdict
 
 Outcome = Literal["bits", "tokens", "diverged"]
-"""What came of computing an answer anew: every score row's bits, the same tokens, or others."""
+"""How a recomputed answer compares: the same bits in every score row, the same tokens, or other tokens."""
 OUTCOMES: tuple[Outcome, ...] = ("bits", "tokens", "diverged")
 CONFIDENCE = 0.95
 
@@ -25,10 +25,10 @@ class Share(Frozen):
 
     @classmethod
     def over(cls, count: int, of: int) -> Share:
-        """Return the share; of none it is unknown, and may be anything."""
+        """Return the share ``count / of``; where ``of`` is 0 it is unknown, between 0 and 1."""
         if not of:
             return cls(count=0, of=0, value=None, low=0.0, high=1.0)
-        from scipy.stats import binomtest  # heavy, and wanted here alone
+        from scipy.stats import binomtest  # slow to import, and needed only here
 
         bounds = binomtest(count, of).proportion_ci(CONFIDENCE, method="exact")
         return cls(count=count, of=of, value=count / of, low=float(bounds.low), high=float(bounds.high))
@@ -44,9 +44,9 @@ class Bin(Frozen):
 
 
 class AuditedHit(Frozen):
-    """One cached answer: what the guard said of it, and what came of computing it anew.
+    """One cached answer: the guard's verdict on it, and how the recomputed answer compares.
 
-    ``step`` is the first that differs.
+    ``step`` is the first step that differs.
     """
 
     key: str
@@ -68,10 +68,10 @@ class AuditedHit(Frozen):
 
 
 class Threshold(Frozen):
-    """What flagging answers of at least a predicted probability would have come to.
+    """The outcome of flagging every answer whose predicted probability is at least ``threshold``.
 
-    ``flagged``: the share of all. ``precision``: of the flagged, the share that diverged. ``recall``: of those that
-    diverged, the share flagged; None where none did.
+    ``flagged``: the share of all answers. ``precision``: the share of flagged answers that diverged. ``recall``: the
+    share of diverged answers that were flagged; None where none diverged.
     """
 
     threshold: float
@@ -81,13 +81,14 @@ class Threshold(Frozen):
 
 
 class AuditReport(Frozen):
-    """What an audit found.
+    """The result of an audit.
 
-    ``audited`` answers of ``records`` in the cache, ``skipped`` by reason. ``table``: verdict -> outcome -> answers.
-    ``recall``: of the answers that diverged, those flagged; ``precision``: of the flagged, those that diverged.
-    ``brier``: mean squared error of the predicted probabilities; ``calibration_error``: their distance from what was
-    observed, a mean over ``reliability``'s bins by size. ``exact``: of the answers called so, those with equal bits.
-    ``curve``: precision and recall from the highest threshold to the lowest. ``made`` is Unix time.
+    ``records``: answers in the cache; ``audited``: those recomputed; ``skipped``: the others, counted by reason.
+    ``table``: verdict -> outcome -> answers. ``exact``: the share of answers judged ``exact`` whose bits were equal.
+    ``recall``: the share of diverged answers that were flagged; ``precision``: of flagged answers that diverged.
+    ``brier``: mean squared error of the predicted probabilities; ``calibration_error``: their mean distance from the
+    observed shares over the bins of ``reliability``, weighted by answers. ``curve``: precision and recall from the
+    highest threshold to the lowest. ``made`` is Unix time.
     """
 
     model: str
@@ -111,5 +112,5 @@ class AuditReport(Frozen):
 
     @property
     def broken(self) -> bool:
-        """Return whether an answer that was called ``exact`` was not."""
+        """Return whether an answer judged ``exact`` came out with other bits."""
         return self.exact.count < self.exact.of

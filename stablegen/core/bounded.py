@@ -1,4 +1,4 @@
-"""A mapping that forgets: what a long-lived client remembers must not grow with the number of calls."""
+"""A mapping of limited size: the memory of a long-lived client must not grow with the number of calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _V = TypeVar("_V")
 
 
 class Bounded(Generic[_K, _V]):
-    """Up to ``limit`` entries; the one that was used longest ago makes way. Threads may share it."""
+    """A mapping of at most ``limit`` entries that drops the least recently used one; threads may share it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -19,7 +19,7 @@ class Bounded(Generic[_K, _V]):
         self._lock = Lock()
 
     def get(self, key: _K, default: _V | None = None) -> _V | None:
-        """Return what is kept under a key."""
+        """Return the value under a key, ``default`` where there is none."""
         with self._lock:
             if key not in self._entries:
                 return default
@@ -40,6 +40,6 @@ class Bounded(Generic[_K, _V]):
         return len(self._entries)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove every entry."""
         with self._lock:
             self._entries.clear()

@@ -1,4 +1,4 @@
-"""What was measured of the noise between two numerics: the probability that a step flips."""
+"""The measured noise between two numerics, and the probability that it flips a step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from stablegen.core.trace import Trace
 
 VERSION = 2
 NEGLIGIBLE = 1e-7
-"""Probabilities of a step below are zero: a thousand of them make no ten-thousandth."""
+"""A step's probability of a flip below this counts as zero: a thousand such steps add less than 1e-4."""
 _FAR = 1e12
 
 
 class Calibration(Frozen):
     """The noise between two numerics of one model, measured over ``steps`` steps of ``prompts`` prompts.
 
-    ``sizes``: noise without its sign, in units, ascending; ``above`` and ``from_on``: the shares of all steps whose
-    noise was larger, and at least as large; ``near_above`` and ``near_from_on``: the same of steps whose margins are
-    about that size. ``grid``: whether noise has few values, as scores rounded to 16 bits do.
+    ``sizes``: absolute noise in units, ascending. ``above`` and ``from_on``: for each size, the share of all steps
+    whose noise was larger, and at least as large; ``near_above`` and ``near_from_on``: the same among steps whose
+    margins are about that size. ``grid``: whether noise takes few distinct values, as between scores of 16 bits.
     ``tail_from`` (units), ``tail_share``, ``tail_shape``, ``tail_scale``: the Pareto tail. ``ties`` and ``tie_flips``:
-    steps of margin zero, and how many flipped; ``flips``: all that did.
+    steps of margin zero, and how many of them flipped; ``flips``: all steps that flipped.
     """
 
     version: int = VERSION
@@ -51,11 +51,11 @@ class Calibration(Frozen):
 
     @property
     def basis(self) -> str:
-        """Return in words what it rests on."""
+        """Return in words how much data it rests on."""
         return f"calibrated on {self.steps} steps of {self.prompts} prompts"
 
     def quantile(self, share: float, score: float = 16.0) -> float:
-        """Return what so large a share of the margins beside such a score moved by at most."""
+        """Return the noise that a ``share`` of the steps does not exceed where the best score is ``score``."""
         at = next((i for i, above in enumerate(self.above) if above <= 1.0 - share), len(self.sizes) - 1)
         return self.sizes[at] * unit(score, self.power)
 
@@ -74,17 +74,18 @@ class Calibration(Frozen):
     def flip_probability(self, margin: float, score: float, *, rival_is_earlier: bool = False) -> float:
         """Return the probability that a step of this margin and best score flips.
 
-        ``rival_is_earlier``: whether the runner-up has the lower id, so that it wins where the two come to tie.
+        ``rival_is_earlier``: whether the runner-up has the lower id, so that it wins a tie.
         """
         return self._tables[0](margin / unit(score, self.power), rival_is_earlier)
 
     @cached_property
     def _tables(self) -> tuple[Callable[[float, bool], float], list[float], list[float]]:
-        """Return the probability of a flip by the margin in units and whether the rival is earlier.
+        """Return the probability of a flip as a function of the margin in units and whether the rival has the lower id.
 
-        With it, by a best score's exponent as frexp tells it, the margin beyond which no flip counts, and the unit.
+        With it two lists, indexed by ``frexp``'s exponent of the best score: the margin beyond which the probability
+        is negligible, and the unit.
         """
-        # noise of either sign is as likely
+        # noise of either sign is equally likely, hence the halves
         tied = (self.tie_flips + 0.5) / (self.ties + 1.0)
         sizes, above = self.sizes, [0.5 * share for share in self.near_above]
         from_on = [0.5 * share for share in self.near_from_on] if self.grid else above
@@ -108,16 +109,16 @@ class Calibration(Frozen):
         reach = max(self.tail_from, self.tail_scale)
         while reach < _FAR and flip(reach, False) > NEGLIGIBLE:
             reach *= 1.1
-        exponents = [*range(130), *range(-150, 0)]  # all that a float32 has, the negative ones counted from the end
+        exponents = [*range(130), *range(-150, 0)]  # every float32's; negative ones index from the end
         units = [unit(ldexp(0.5, exponent), self.power) for exponent in exponents]
         return flip, [reach * one for one in units], units
 
 
 def unit(score: float, power: float) -> float:
-    """Return the unit in which noise beside a best score is counted; below 1 it does not shrink with the score."""
+    """Return the unit in which noise is counted for a best score; below a score of 1 it shrinks no further."""
     return float(2.0 ** (power * max(frexp(score)[1] - 1, 0)))
 
 
 def beyond_tail(size: float, start: float, share: float, shape: float, scale: float) -> float:
-    """Return the share of noise larger than a size in the Pareto tail, which begins at ``start`` with ``share``."""
+    """Return the share of noise larger than ``size``, by the Pareto tail that begins at ``start`` with ``share``."""
     return float(share * (1.0 + shape * (size - start) / scale) ** (-1.0 / shape))

@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, however deep inside this package they arise."""
+"""Warnings that point at the caller's line, wherever in this package they are raised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = str(Path(__file__).parents[1]) + "/"
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the innermost line of code outside this package; at the outermost where there is none."""
+    """Issue a warning at the innermost frame outside this package, or at the outermost frame where there is none."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What a model's configuration says, read with named errors."""
+"""Values read from a model's configuration, with named errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from stablegen.errors import CheckpointError
 
 def context_of(config: Mapping[str, Any]) -> int:
     """Return the longest sequence in tokens that a configuration allows."""
-    for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
+    names = ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length")
+    for name in names:
         if is_count(config.get(name)):
             return int(config[name])
-    raise CheckpointError("the model's configuration does not say how long its context is", accepted="n_positions, ...")
+    raise CheckpointError(
+        "the model's configuration does not say how long its context is", accepted=f"one of {', '.join(names)}"
+    )
 
 
 def token_ids(value: object) -> tuple[int, ...]:

@@ -11,18 +11,18 @@ from stablegen.core.frozen import Frozen
 
 
 class Numerics(Frozen):
-    """How a result is computed: equal ``Numerics`` and a policy that promises mean equal bits.
+    """How a result is computed: under a policy that promises it, equal ``Numerics`` mean equal bits.
 
     ``engine`` names what computes (a kernel set of the batch-invariant engines, or ``transformers``), and
     ``engine_version`` is raised when it would give other bits. ``attention`` is a transformers model's attention
-    implementation, ``static`` whether the KV cache has a fixed length, ``choosing`` the version of what processes
-    scores and draws tokens, where a request asks for that.
+    implementation, ``static`` whether the KV cache has a fixed length, ``choosing`` the version of score processing
+    and sampling, for requests that use them.
 
-    Fields that do not apply are None and leave the digest alone: ``float32_matmul_precision`` (TF32),
+    Fields that do not apply are None and are not part of the digest: ``float32_matmul_precision`` (TF32),
     ``reduced_precision`` and ``attention_backends`` are flags of vendor libraries, ``transformers`` matters only where
     its forward pass runs, ``threads`` only on a CPU, ``overrides`` are environment variables that are set.
-    ``alignment`` stands for the places in memory of a loaded model's weights where they are not 64-byte aligned: a
-    CPU's GEMM reads them in another order then.
+    ``alignment`` identifies the memory addresses of a loaded model's weights that are not 64-byte aligned, because a
+    CPU's GEMM reads those in another order.
     """
 
     policy: str

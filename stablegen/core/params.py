@@ -1,6 +1,6 @@
-"""What the caller asked for besides the prompt: every parameter that decides an answer, checked at the door.
+"""Generation parameters: every one that decides an answer, validated before anything runs.
 
-Names and meanings are transformers' own. A parameter at the value that changes nothing (``temperature=1.0``) is the
+Names and meanings are those of transformers. A parameter at the value that has no effect (``temperature=1.0``) is the
 same as one that was not given, so that most equal distributions have equal keys.
 """
 
@@ -22,14 +22,13 @@ MAX_SEED = 2**63 - 1
 
 
 class GenerationParams(Frozen):
-    """What the caller asked for besides the prompt; as transformers' ``GenerationConfig`` names it, in canonical form.
+    """A request's generation parameters in canonical form, named as in transformers' ``GenerationConfig``.
 
     ``max_new_tokens``: tokens, at least 1. ``eos_token_ids``: ids that end an answer; the end token is its last.
-    ``processed_eos_token_ids``: those that processors take for end tokens, where they are others.
-    ``stop_strings``: texts that end one as soon as its last token completes any of them. ``seed`` and
-    ``sample_index`` name one sample of many. ``sequence_bias``: pairs of token ids and what is added to the score of
-    the last where the others came before. ``logits_processors`` and ``stopping_criteria``: the cache keys of the
-    caller's own.
+    ``processed_eos_token_ids``: the ids that processors treat as end tokens, where they differ. ``stop_strings``:
+    texts that end an answer as soon as its last token completes one of them. ``seed`` and ``sample_index`` select one
+    sample. ``sequence_bias``: pairs of token ids and the bias added to the score of the last id where the others
+    precede it. ``logits_processors`` and ``stopping_criteria``: the cache keys of the caller's own.
     """
 
     model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
@@ -70,7 +69,7 @@ class GenerationParams(Frozen):
     def canonical(self) -> str:
         """Return the JSON that goes into the key.
 
-        Optional parameters at their default are left out, so that a new one does not change every old key.
+        Optional parameters at their default are left out, so that adding one to this class changes no existing key.
         """
         content = self.model_dump(mode="json", exclude_defaults=True)
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -83,11 +82,11 @@ class GenerationParams(Frozen):
 
     @cached_property
     def processed(self) -> bool:
-        """Return whether tokens are chosen from other scores than the model's own: processed, or with noise added."""
+        """Return whether tokens are chosen from scores that were processed, or had sampling noise added."""
         return not self.changed <= _UNPROCESSED
 
     def for_display(self) -> dict[str, Any]:
-        """Return the parameters as JSON knows them: a bias without end as text."""
+        """Return the parameters as JSON values; an infinite bias becomes text."""
         content = self.model_dump(mode="json")
         content["sequence_bias"] = [
             [ids, bias if math.isfinite(bias) else str(bias)] for ids, bias in content["sequence_bias"]
@@ -103,10 +102,10 @@ class GenerationParams(Frozen):
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any], *, eos_token_ids: tuple[int, ...]) -> GenerationParams:
-        """Return parameters from a caller's keyword arguments; one that is None was not given.
+        """Return parameters from a caller's keyword arguments; one that is None counts as not given.
 
         ``eos_token_ids`` are the model's own, used where the caller names none. Raises
-        ``UnsupportedParameterError`` for what this version does not take, ``ParameterError`` for bad values.
+        ``UnsupportedParameterError`` for an unknown parameter, ``ParameterError`` for a bad value.
         """
         known: dict[str, Any] = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "eos_token_ids": eos_token_ids}
         for name, value in arguments.items():
@@ -120,16 +119,16 @@ class GenerationParams(Frozen):
             try:
                 known[rule.field or name] = rule.read(value)
             except (TypeError, ValueError) as error:
-                raise ParameterError(f"{name}={value!r:.80}", accepted=rule.accepted) from error
+                raise ParameterError(f"{name}={value!r:.80} is not valid", accepted=rule.accepted) from error
         greedy = not known.get("do_sample", False)
         if greedy:
             known.pop("seed", None)  # a greedy answer is the same for every seed
             for name in SAMPLING:
                 if known.pop(name, cls.model_fields[name].default) != cls.model_fields[name].default:
                     raise ParameterError(
-                        f"{name}={arguments[name]!r} changes nothing without sampling",
-                        accepted=f"{name} beside do_sample=True",
-                        hint="Add do_sample=True and a seed, or leave it out",
+                        f"{name}={arguments[name]!r} has no effect without sampling",
+                        accepted=f"{name} together with do_sample=True",
+                        hint=f"Add do_sample=True and a seed, or leave {name} out",
                     )
         if not known.get("processed_eos_token_ids", known["eos_token_ids"]):
             for name in ("min_new_tokens", "exponential_decay_length_penalty"):
@@ -175,7 +174,7 @@ _id = _whole(0)
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    """Read one id or several; their order says nothing."""
+    """Read one id or several; their order has no meaning."""
     several = value if isinstance(value, list | tuple | set | frozenset) else [value]
     return tuple(sorted({_id(index) for index in several}))
 
@@ -210,7 +209,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise ValueError
     for text in texts:
-        text.encode()  # half a surrogate pair has no bytes
+        text.encode()  # raises ValueError for an unpaired surrogate
     return tuple(sorted(set(texts)))
 
 
@@ -218,20 +217,20 @@ def _keys(value: Iterable[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
-_PENALTY = _Rule(_number(lambda x: x > 0), "a number above 0; 1 changes nothing")
+_PENALTY = _Rule(_number(lambda x: x > 0), "a number above 0; 1 has no effect")
 _SHARE = "a number from 0 to 1"
 _SOME_IDS = "a token id, or a list of token ids"
 _RULES: Mapping[str, _Rule] = {
     "max_new_tokens": _Rule(_whole(1), "a whole number of tokens, at least 1"),
     "min_new_tokens": _Rule(_whole(0), "a whole number of tokens, at least 0"),
     "eos_token_id": _Rule(_ids, _SOME_IDS, "eos_token_ids"),
-    "stop_strings": _Rule(_texts, "a text that is not empty, or a list of them"),
+    "stop_strings": _Rule(_texts, "a string that is not empty, or a list of such strings"),
     "do_sample": _Rule(_flag, "True or False"),
     "seed": _Rule(_whole(0, MAX_SEED), f"a whole number from 0 to {MAX_SEED}"),
     "sample_index": _Rule(_whole(0, MAX_SEED), "a whole number, at least 0"),
-    "temperature": _Rule(_number(lambda x: x > 0), "a number above 0; for greedy decoding do_sample=False"),
+    "temperature": _Rule(_number(lambda x: x > 0), "a number above 0; for greedy decoding use do_sample=False"),
     "top_h": _Rule(_number(lambda x: 0 < x <= 1), "a number above 0, at most 1"),
-    "top_k": _Rule(_whole(0), "a whole number of tokens; 0 keeps all"),
+    "top_k": _Rule(_whole(0), "a whole number of tokens; 0 keeps all of them"),
     "top_p": _Rule(_number(lambda x: 0 <= x <= 1), _SHARE),
     "min_p": _Rule(_number(lambda x: 0 <= x <= 1), _SHARE),
     "typical_p": _Rule(_number(lambda x: 0 < x <= 1), "a number above 0, at most 1"),
@@ -256,14 +255,14 @@ _RULES: Mapping[str, _Rule] = {
 }
 _INTERNAL = ("processed_eos_token_id", "logits_processors", "stopping_criteria")
 SUPPORTED = tuple(name for name in _RULES if name not in _INTERNAL)
-"""What ``complete`` takes."""
+"""The parameters that ``complete`` takes."""
 SAMPLING = (
     *("sample_index", "temperature", "top_h", "top_k", "top_p", "min_p"),
     *("typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
-"""What changes nothing without sampling."""
+"""The parameters that have no effect without sampling."""
 ENDING = ("max_new_tokens", "eos_token_ids", "stop_strings", "stopping_criteria")
-"""What decides only where an answer ends."""
+"""The parameters that decide only where an answer ends."""
 _UNPROCESSED = frozenset({*ENDING, "seed"})
 
 
@@ -272,6 +271,6 @@ def check_named_ids(params: GenerationParams, vocabulary: int) -> None:
     outside = sorted(index for index in params.named_token_ids if index >= vocabulary)
     if outside:
         raise PromptError(
-            f"a parameter names the token id {outside[0]}, outside the vocabulary",
+            f"a parameter names the token id {outside[0]}, which is outside the vocabulary",
             accepted=f"ids from 0 to {vocabulary - 1}",
         )

@@ -1,9 +1,9 @@
 """Execution policies: in which batches requests run. Planning is pure; it sees lengths, never tokens.
 
 The shape in which a request runs is a function of that request alone, never of what else is waiting. ``native`` is
-the control: it runs whatever comes together, as transformers would, and promises nothing.
+the control: it batches whatever is waiting, as transformers would, and promises nothing.
 
-A policy knows all that is special about it: how it is written, which family of engines runs it, what it promises, and
+A policy defines all that is specific to it: its spelling, the family of engines that runs it, what it promises, and
 what its self-check compares. ``register_policy`` makes a class known; nothing else in this package names a policy.
 """
 
@@ -28,25 +28,23 @@ CAPACITY_STEP = 256
 """Capacities of KV caches of fixed length are multiples of this many tokens."""
 MAX_PADDED_ROWS = 4096
 TRANSFORMERS = "transformers"
-"""The family of engines that run a transformers model as it stands."""
+"""The family of engines that run an unchanged transformers model."""
 BATCH_INVARIANT = "batch-invariant"
-"""The family of engines that run a forward pass of their own, through batch-invariant kernels."""
-
+"""The family of engines that run their own forward pass, through batch-invariant kernels."""
 ENTRY_POINTS = "stablegen.policies"
 """The group of entry points by which other packages add policies: each names a module that registers one."""
-
 REPEATED, BESIDE, SLOT = "repeated", "beside other rows", "in another slot"
 """What a self-check compares."""
 STEPS = 4
 """Tokens that a self-check generates for each request."""
 _NEEDLES = (21, 130)
-"""Prompt lengths whose bits must not move, in tokens: inside one block of keys, and over several."""
+"""Prompt lengths of the requests whose bits are compared, in tokens: within one block of keys, and over several."""
 _LONG = 520
-"""Tokens of long prompts that run in one pass with a needle's."""
+"""Tokens of the long prompts that run in one pass with the compared request."""
 _SHORT = tuple(1 + 7 * i % 32 for i in range(15))
-"""Prompt lengths of those that stand before and behind it."""
+"""Prompt lengths of the requests before and after it."""
 _CROWD = 100
-"""Rows around it where so many run at once: as they finish, its passes have more than 64, 32 and 16 rows."""
+"""Rows around it, if that many run at once: as they finish, its passes have more than 64, 32 and 16 rows."""
 
 
 class Shape(NamedTuple):
@@ -54,8 +52,8 @@ class Shape(NamedTuple):
 
     ``width`` is the padded length of the prompt in tokens; None where prompts are not padded to a common width, or
     only to the longest of them. ``capacity`` is the length of the KV cache in tokens; None where it grows with the
-    answer. ``scored``: of how many positions at the end scores are computed, where continuations are scored; 0 where
-    that is each one's own length, None where nothing is scored.
+    answer. ``scored``: where continuations are scored, the number of positions at the end whose scores are computed; 0
+    where that is each continuation's own length, None where nothing is scored.
     """
 
     width: int | None = None
@@ -88,10 +86,10 @@ class Batch:
 class Limits:
     """What planning and verifying must know of the engine.
 
-    ``context``: tokens. ``slot_free`` is False where the self-check found that a row's slot moves its bits; then every
-    request of a padded batch stands in slot 0 of a batch of its own. ``static_cache``: the KV cache has a fixed length,
-    which is then part of every batch's shape. ``prefill_equals_decode``: computing an answer's tokens at once gives the
-    very scores of decoding them one by one. ``rows``: requests that run at once at most; None where nothing bounds it.
+    ``context``: tokens. ``slot_free`` is False where the self-check found that a row's slot changes its bits; then each
+    request runs in slot 0 of a padded batch of its own. ``static_cache``: the KV cache has a fixed length, which is
+    then part of every batch's shape. ``prefill_equals_decode``: computing an answer's tokens in one pass gives the same
+    bits as decoding them one by one. ``rows``: the most requests that run at once; None where there is no limit.
     """
 
     context: int
@@ -104,7 +102,7 @@ class Limits:
 class Company(NamedTuple):
     """A batch in which a request must have the bits that it has alone.
 
-    ``compared`` says what is compared; ``anew``: the engine forgets what it has computed before.
+    ``compared`` says what is compared; ``anew``: whether the engine first forgets what it has computed.
     """
 
     compared: str
@@ -121,13 +119,14 @@ class Trial(NamedTuple):
 
 
 MakeRequest = Callable[[int, int, int], "Request"]
-"""Makes a request of a self-check, of random tokens: by its seed, the length of its prompt and how many steps."""
+"""Makes a self-check's request of random tokens from a seed, a prompt length and a number of steps, both in tokens."""
 
 
 def capacity_for(tokens: int) -> int:
-    """Return the length of a KV cache that holds so many tokens: few lengths, and at most a quarter too long.
+    """Return the length of a KV cache for so many tokens, rounded up so that few lengths occur.
 
-    Up to 2048 tokens it is the next multiple of ``CAPACITY_STEP``; with each doubling beyond, the step doubles.
+    Up to 2048 tokens it is the next multiple of ``CAPACITY_STEP``; beyond, the step doubles with each doubling, so that
+    no cache is more than a quarter too long.
     """
     step = max(CAPACITY_STEP, 1 << max(tokens.bit_length() - 3, 0))
     return -(-tokens // step) * step
@@ -149,23 +148,23 @@ class ExecutionPolicy(ABC):
     promises: ClassVar[bool] = True
     """Whether equal ``Numerics`` imply equal bits under this policy."""
     slot_promised: ClassVar[bool] = True
-    """Whether the promise covers a row's slot; where not, slot 0 can be kept for a row whose slot moves its bits."""
+    """Whether the promise covers a row's slot; where not, and the slot changes bits, every request runs in slot 0."""
     preference: ClassVar[int | None] = None
-    """Where nobody names a policy, the model gets the lowest of these that it can run under; None: never."""
+    """Where no policy is named, the one with the lowest value that the model can run under is used; None: never."""
 
     @classmethod
     @abstractmethod
     def parse(cls, argument: str | None) -> Self:
-        """Return the policy of what stands behind the colon (None: no colon); raise ``ValueError`` if it is bad."""
+        """Return the policy for the text after the colon (None: no colon); raise ``ValueError`` if it is bad."""
 
     @classmethod
     def typical(cls) -> Self:
-        """Return one that stands for its kind in reports."""
+        """Return the one that represents its kind in reports."""
         return cls.parse(None)
 
     @property
     def spec(self) -> str:
-        """Return the name in settings: ``load_policy(policy.spec) == policy``."""
+        """Return how it is written in settings: ``load_policy(policy.spec) == policy``."""
         return self.name
 
     @abstractmethod
@@ -183,9 +182,9 @@ class ExecutionPolicy(ABC):
         return self.shape(len(request.prompt_ids), request.params.max_new_tokens, limits)
 
     def scoring_shape(self, length: int, scored: int, limits: Limits) -> Shape:
-        """Return the shape in which ``scored`` tokens are scored, they and their prompt being ``length`` tokens.
+        """Return the shape for scoring ``scored`` tokens, where they and their prompt are ``length`` tokens together.
 
-        Its width may exceed the context, as no row may be full; positions never do.
+        Its width may exceed the context, because no row may be full; positions never do.
         """
         width = self.width(length, length + BUCKET)
         return Shape(width, None, 0 if width is None else min(-(-scored // BUCKET) * BUCKET, width))
@@ -193,11 +192,11 @@ class ExecutionPolicy(ABC):
     def shape(self, length: int, new: int, limits: Limits) -> Shape:
         """Return the shape in which a prompt of ``length`` tokens and at most ``new`` generated ones run."""
         width = self.width(length, limits.context)
-        # padding takes places too, so a capacity may exceed the context; positions never do
+        # padding takes up the cache too, so a capacity may exceed the context; positions never do
         return Shape(width, capacity_for((width or length) + new) if limits.static_cache else None)
 
     def trials(self, make: MakeRequest, shape: Shape, limits: Limits) -> Iterator[Trial]:
-        """Yield what a self-check of a shape compares; by default each request with itself, run again."""
+        """Yield what a self-check of a shape compares; by default each request with a second run of itself."""
         for seed, length in enumerate(_NEEDLES):
             needle = make(seed, max(1, min(length, limits.context - STEPS)), STEPS)
             alone = Batch((needle,), shape)
@@ -212,14 +211,11 @@ _REGISTERED: dict[str, type[ExecutionPolicy]] = {}
 
 
 def register_policy(policy: _Class) -> _Class:
-    """Make a policy's class known under its ``name``; a class decorator.
-
-    Raises ``PolicyError`` where another class has the name.
-    """
-    if _REGISTERED.setdefault(policy.name, policy) is not policy:
+    """Register a class under its ``name``; a decorator. Raise ``PolicyError`` where another class has that name."""
+    known = _REGISTERED.setdefault(policy.name, policy)
+    if known is not policy:
         raise PolicyError(
-            f"two policies are named {policy.name!r}: {_REGISTERED[policy.name].__qualname__} and "
-            f"{policy.__qualname__}",
+            f"two policies are named {policy.name!r}: {known.__qualname__} and {policy.__qualname__}",
             hint="Give the new one another name",
         )
     return policy
@@ -236,13 +232,13 @@ def policy_forms(*, promising: bool = False) -> tuple[str, ...]:
 
 
 def accepted_policies() -> str:
-    """Return how error messages say which policies are accepted."""
+    """Return the accepted policies as error messages list them."""
     *most, last = (policy.accepted for policy in _REGISTERED.values())
     return f"{', '.join(most)}, or {last}"
 
 
 def policies_run_by(engines: str) -> str:
-    """Return how error messages say which policies a family of engines runs."""
+    """Return the policies that a family of engines runs, as error messages list them."""
     return ", ".join(repr(policy.form) for policy in _REGISTERED.values() if policy.engines == engines)
 
 
@@ -257,12 +253,9 @@ def control_policy() -> ExecutionPolicy:
 
 
 def default_policy(can_run: Callable[[ExecutionPolicy], bool]) -> ExecutionPolicy:
-    """Return the policy where nobody names one: the most preferred that ``can_run`` accepts."""
-    ranked = sorted(
-        (policy for policy in _REGISTERED.values() if policy.preference is not None),
-        key=lambda policy: policy.preference or 0,
-    )
-    for policy in ranked:
+    """Return the default policy: the most preferred one that ``can_run`` accepts."""
+    ranked = [policy for policy in _REGISTERED.values() if policy.preference is not None]
+    for policy in sorted(ranked, key=lambda policy: policy.preference or 0):
         if can_run(policy.typical()):
             return policy.typical()
     raise PolicyError("no policy can run this model", accepted=accepted_policies())
@@ -288,7 +281,7 @@ def load_policy(spec: str | ExecutionPolicy) -> ExecutionPolicy:
 
 
 def keeps_bits(spec: str) -> bool:
-    """Return whether a policy promises equal bits; one that is not known here promises nothing."""
+    """Return whether a policy promises equal bits; an unknown policy promises nothing."""
     try:
         return load_policy(spec).promises
     except PolicyError:
@@ -340,14 +333,14 @@ class Padded(ExecutionPolicy):
 
     @classmethod
     def parse(cls, argument: str | None) -> Self:
-        """Return the policy of so many rows."""
+        """Return the policy with that many rows."""
         if argument is None or not argument.isdecimal() or not argument.isascii() or len(argument) > 9:
             raise ValueError(argument)
         return cls(int(argument))
 
     @classmethod
     def typical(cls) -> Self:
-        """Return the policy of eight rows."""
+        """Return the policy with eight rows."""
         return cls(8)
 
     @property
@@ -358,13 +351,13 @@ class Padded(ExecutionPolicy):
     def width(self, length: int, context: int) -> int:
         """Return the next multiple of ``BUCKET`` above ``length``, or the context.
 
-        It is always wider than the prompt: were a row ever full, a batch of full rows would lose its mask inside
-        transformers and run another attention kernel than the same row beside a shorter one.
+        It always exceeds the prompt: transformers drops the mask of a batch of full rows, and would then run another
+        attention kernel than for the same row beside a shorter one.
         """
         return min((length // BUCKET + 1) * BUCKET, context)
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
-        """Return batches of one shape each, short groups filled with filler rows."""
+        """Return batches of one shape each, incomplete ones filled up with filler rows."""
         buckets: dict[Shape, list[Request]] = {}
         for request in requests:
             buckets.setdefault(self.shape_of(request, limits), []).append(request)
@@ -405,7 +398,7 @@ class Invariant(_Plain):
     preference = 0
 
     def scoring_shape(self, length: int, scored: int, limits: Limits) -> Shape:
-        """Return the one shape there is: one pass over any tokens gives what decoding them would."""
+        """Return the only shape: one pass over tokens gives the same bits as decoding them."""
         return Shape()
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
@@ -438,14 +431,14 @@ class Invariant(_Plain):
 @register_policy
 @dataclass(frozen=True, slots=True)
 class Native(_Plain):
-    """Transformers' own behaviour at whatever batch it is given; promises nothing."""
+    """Transformers' own behaviour in whatever batch it is given; promises nothing."""
 
     name = form = "native"
     accepted = "'native' (the control)"
     promises = False
 
     def plan(self, requests: Sequence[Request], limits: Limits) -> list[Batch]:
-        """Return everything as one batch, what is scored apart from what is generated."""
+        """Return at most two batches: every request to generate, and every request to score."""
         generated = [request for request in requests if not request.continuation]
         scored = [request for request in requests if request.continuation]
         return [Batch(tuple(rows)) for rows in (generated, scored) if rows]

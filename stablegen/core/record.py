@@ -1,4 +1,4 @@
-"""What the cache stores: what was asked, what came out, and how it was computed."""
+"""What the cache stores: a request, its answer, and how the answer was computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Composition(NamedTuple):
-    """How a batch was composed: ``rows`` in all, ``requests`` of them real, this one's ``slot``, and its ``shape``."""
+    """An answer's batch: ``rows`` in all, ``requests`` that are not filler, the answer's ``slot``, and ``shape``."""
 
     rows: int
     requests: int
@@ -23,17 +23,17 @@ class Composition(NamedTuple):
     shape: Shape = Shape()
 
     def to_dict(self) -> dict[str, int | None]:
-        """Return it as JSON knows it."""
+        """Return it as JSON values."""
         return {"rows": self.rows, "requests": self.requests, "slot": self.slot, **self.shape._asdict()}
 
 
 class Record(NamedTuple):
-    """What the cache stores: what was asked, what came out, and how it was computed.
+    """What the cache stores: a request, its answer, and how the answer was computed.
 
     ``trace`` is None in a record that was made elsewhere and cannot be judged; ``untraced`` then holds its tokens.
     ``created`` is Unix time, ``seconds`` the time from the start of the batch. ``superseded`` is the record that this
-    one replaced, one level deep. ``logprobs``: natural logarithms of the probability of each token of the request's
-    continuation, float32. ``app`` is that of the client which computed it; None where it had none, or was older.
+    one replaced, one level deep. ``logprobs``: natural log-probabilities of the continuation's tokens, float32.
+    ``app``: the app of the client that computed it; None where there was none, or an older stablegen wrote it.
     """
 
     key: str
@@ -52,12 +52,12 @@ class Record(NamedTuple):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Return the generated token ids, an end token included; of a scored continuation, those of highest score."""
+        """Return the generated token ids, an end token included; for a scored continuation, those of highest score."""
         return self.untraced if self.trace is None else self.trace.tokens
 
     @property
     def whole(self) -> bool:
-        """Return whether the answer ends where its request lets it: with its only end token, or at its length."""
+        """Return whether the answer ends as its request allows: with its only end token, or at the token limit."""
         params, tokens = self.request.params, self.token_ids
         if self.request.continuation:
             return len(tokens) == params.max_new_tokens
@@ -67,11 +67,11 @@ class Record(NamedTuple):
         return ends == [len(tokens) - 1] if ends else len(tokens) == params.max_new_tokens
 
     def superseding(self, old: Record | None) -> Record:
-        """Return this record with ``old`` kept behind it, itself stripped of what it had replaced."""
+        """Return this record with ``old`` as the one it superseded; what ``old`` had superseded is dropped."""
         return self._replace(superseded=None if old is None else old._replace(superseded=None))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON knows it, for export and display."""
+        """Return the record as JSON values, for export and display."""
         trace = None
         if self.trace is not None:
             trace = {
@@ -106,5 +106,5 @@ class Record(NamedTuple):
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:
-    """Return numbers as JSON knows them: it knows no infinity."""
+    """Return numbers as JSON values; infinity, which JSON lacks, becomes None."""
     return [value if isfinite(value) else None for value in values]

@@ -1,6 +1,6 @@
-"""What was asked: the request, and the key under which its answer is stored.
+"""The request, and the key under which its answer is stored.
 
-The key holds what was asked and nothing of how it is computed: dtype, policy and device live in the record's
+The key holds what was requested and nothing of how it is computed: dtype, policy and device belong to the record's
 ``Numerics``, so that a change of any of them is a hit to be judged, not a miss.
 """
 
@@ -26,7 +26,7 @@ SCHEMA = 2
 class ModelIdentity(Frozen):
     """Which weights: a hub commit, or the digest of weights and config.
 
-    ``name`` is what the caller wrote; it informs and is no part of the identity.
+    ``name`` is what the caller wrote; it is shown to users and is not part of the identity.
     """
 
     source: Literal["hub", "digest"]
@@ -52,10 +52,10 @@ class ModelIdentity(Frozen):
 class Request:
     """Prompt token ids, parameters, and the identity of model and tokenizer.
 
-    ``prompt`` is the text where the request was made as text. ``tokenizer`` is the tokenizer's digest. With
-    ``continuation``, token ids, nothing is generated: what is asked is how probable it is after the prompt, and
-    ``params.max_new_tokens`` is its length. ``logits_processors`` are the caller's own, ``stopping_criteria`` make
-    the caller's own for a prompt of so many tokens; the key knows both by what ``params`` call them.
+    ``prompt`` is the text where the request was made from text. ``tokenizer`` is the tokenizer's digest. With
+    ``continuation`` (token ids) nothing is generated: it is scored after the prompt, and ``params.max_new_tokens`` is
+    its length. ``logits_processors`` are the caller's own objects, ``stopping_criteria`` functions that make the
+    caller's own from the prompt's length in tokens; in the key, both are represented by their cache keys in ``params``.
     """
 
     prompt_ids: tuple[int, ...]
@@ -72,17 +72,17 @@ class Request:
 
     @property
     def complete(self) -> bool:
-        """Return whether it holds all the caller's own that its parameters name; a stored record's does not."""
+        """Return whether it holds every processor and criterion that its parameters name; a stored request does not."""
         named = len(self.params.logits_processors), len(self.params.stopping_criteria)
         return named == (len(self.logits_processors), len(self.stopping_criteria))
 
     @property
     def given(self) -> tuple[int, ...]:
-        """Return the token ids that are known before anything runs: of a continuation, all that is fed."""
+        """Return the token ids that the model is fed at the start: the prompt, and a continuation but for its last."""
         return self.prompt_ids + self.continuation[:-1]
 
     def limited_to(self, steps: int) -> Request:
-        """Return this request with so many new tokens at most."""
+        """Return this request with at most ``steps`` new tokens."""
         return replace(self, params=self.params.model_copy(update={"max_new_tokens": steps}))
 
     @property
@@ -110,12 +110,12 @@ def words(ids: tuple[int, ...]) -> bytes:
 
 
 def check_prompt(prompt: object) -> str:
-    """Return a text prompt; raise ``PromptError`` for anything but a string that is not empty."""
+    """Return a text prompt; raise ``PromptError`` for anything but a non-empty string."""
     if not isinstance(prompt, str):
         raise PromptError(
             f"a prompt is {prompt!r:.80} ({type(prompt).__name__})",
             accepted="a string, or a list of strings",
-            hint="For token ids call generate(input_ids)",
+            hint="For token ids, call generate(input_ids)",
         )
     if not prompt:
         raise PromptError("a prompt is empty", accepted="text of at least one token")
@@ -124,7 +124,7 @@ def check_prompt(prompt: object) -> str:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise PromptError(
-                f"the prompt {prompt!r:.60} holds half a surrogate pair", accepted="valid Unicode"
+                f"the prompt {prompt!r:.60} holds an unpaired surrogate", accepted="valid Unicode"
             ) from error
     return prompt
 
@@ -140,12 +140,12 @@ def check_fits(request: Request, context: int, vocabulary: int) -> Request:
             accepted=f"prompts of at most {context - 1} tokens",
             hint="Shorten the prompt",
         )
-    if length + budget > context + bool(request.continuation):  # the last token of a continuation is not fed
+    if length + budget > context + bool(request.continuation):  # a continuation's last token is not fed to the model
         raise ContextLengthError(
             f"a prompt of {length} tokens with max_new_tokens={budget} needs {length + budget} positions; "
             f"the model's context is {context}",
             accepted=f"max_new_tokens up to {context - length} for this prompt",
-            hint="Shorten the prompt or ask for fewer tokens",
+            hint="Shorten the prompt, or lower max_new_tokens",
         )
     given = request.prompt_ids + request.continuation
     if min(given) < 0 or max(given) >= vocabulary:

@@ -1,4 +1,4 @@
-"""What each generated step looked like: tokens, runner-ups, scores, margins, hashes."""
+"""The log of an answer's steps: tokens, runner-ups, scores, margins, hashes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STEP_BYTES = 24
 
 
 class Trace:
-    """What each generated step looked like; every attribute has one entry a step.
+    """The log of an answer's steps; every attribute has one entry a step.
 
     ``tokens`` and ``runner_ups`` are token ids, ``scores`` and ``runner_up_scores`` float32, ``margins`` their
     difference rounded to float32, ``score_hash`` a 64-bit hash of the bits of the step's full score row. Columns stay
-    bytes until they are looked at: most hits are served without.
+    bytes until they are read: most hits are served without reading them.
     """
 
     __slots__ = ("_columns", "_data", "_steps")
@@ -97,11 +97,11 @@ class Trace:
         return Trace.of(*(self._column(index)[:stop] for index in range(len(_COLUMNS))))
 
     def __add__(self, later: Trace) -> Trace:
-        """Return the trace of these steps and those that followed."""
+        """Return the trace of these steps followed by the ``later`` ones."""
         return Trace.of(*(self._column(index) + later._column(index) for index in range(len(_COLUMNS))))
 
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that stand for all score rows of the trace."""
+        """Return the digest of all score rows, 16 hexadecimal digits."""
         return hashlib.sha256(pack_column("Q", self.score_hash)).hexdigest()[:16]
 
     def first_difference(self, other: Trace) -> int | None:

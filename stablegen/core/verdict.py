@@ -21,10 +21,9 @@ DEFAULT_ACCEPTED_RISK = 0.005
 class Verdict(Frozen):
     """The guard's judgement of one hit under the numerics that would recompute it.
 
-    ``probability`` is that of a divergence anywhere in the answer (None where nothing can be said); ``step`` is the
-    most fragile step or, once ``diverged``, the first that differs, with its ``token``, ``runner_up`` (token ids) and
-    ``margin``. ``basis``
-    says what the probability rests on.
+    ``probability`` is that of a divergence anywhere in the answer (None where it is not known); ``step`` is the most
+    fragile step or, once ``diverged``, the first that differs, with its ``token``, ``runner_up`` (token ids) and
+    ``margin``. ``basis`` says what the probability rests on.
     """
 
     status: Status
@@ -65,7 +64,7 @@ class FlaggedHit(Frozen):
 class SelfCheck(Frozen):
     """Whether a policy keeps its promise under one numerics with one model; ``checks`` says what was compared.
 
-    ``passed``: no bit moved. ``slot_free``: a row's slot in the batch moved none either. ``shape``: the one measured.
+    ``passed``: no bit changed. ``slot_free``: a row's slot in the batch changed none either. ``shape``: that measured.
     """
 
     numerics: Numerics

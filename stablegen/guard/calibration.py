@@ -1,14 +1,15 @@
 """How far margins move between two numerics, as measured: the probability that a step flips. Pure; no I/O.
 
-Both numerics score the same tokens. A step's margin, that of the token chosen under the first numerics over its best
-rival, moves by some noise; the step flips where it moves below zero. Noise grows with the size of the scores: it is
-counted in units of ``2 ** (power * exponent of the best score)``, ``power`` being what the measured noise shows.
+Both numerics score the same tokens. A step's margin, the lead of the token chosen under the first numerics over its
+best rival, moves by some noise; the step flips where it falls below zero. Noise grows with the size of the scores, so
+it is counted in units of ``2 ** (power * exponent of the best score)``, with ``power`` fitted to the measured noise.
 
-Within the data the probability that noise exceeds a margin is the share of measured noise that did: among the steps
-whose own margins come nearest to it, for where margins are narrow scores may move less than elsewhere, beside a few
-steps' worth of what all steps show. Beyond, it is a generalised Pareto tail fitted to the largest tenth of all, its
-shape taken one standard error too heavy, so that what was never seen is called likelier than it may be. Margins of
-exactly zero are a class of their own: what the scores' own rounding made equal flips as often as it was seen to.
+Within the measured range, the probability that noise exceeds a margin is the share of measured noise that did. It is
+taken among the steps with the nearest margins, because noise may be smaller where margins are narrow, together with
+the share among all steps, weighted as a few steps. Beyond that range it is a generalised Pareto tail, fitted to the
+largest tenth of the noise, with a shape one standard error heavier than the fit, so that noise larger than any measured
+is overestimated rather than underestimated. Margins of exactly zero, where rounding made two scores equal, are counted
+apart: they flip as often as was measured.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from stablegen.core.trace import Trace
 from stablegen.errors import CalibrationError
 
 LEAST_STEPS = 200
-"""Steps below which nothing is fitted."""
+"""The fewest steps that are fitted."""
 KNOTS = 512
-"""Sizes of noise at most whose share is kept."""
+"""The most sizes of noise that a calibration keeps."""
 NEAR_STEPS, NEAR_SHARE = 300, 0.01
-"""Steps, and the share of all steps, that tell of one margin: the larger of the two."""
+"""How many nearest steps are used for one margin: this number, or this share of all steps if it is larger."""
 PRIOR_STEPS = 20
-"""Steps for which the noise of all steps counts beside those."""
+"""The weight, in steps, of the noise of all steps beside those."""
 TAIL = 0.1
-"""The largest noise, as a share, to which the tail is fitted."""
+"""The share of steps, those of largest noise, to which the tail is fitted."""
 
 
 def moved(recorded: Trace, current: Trace) -> list[tuple[float, float, float, bool]]:
     """Return, for each step that both have, margin, best score, how far the margin moved, and whether the step flipped.
 
-    ``current`` must have been led along the tokens of ``recorded``.
+    ``current`` must be teacher-forced along the tokens of ``recorded``.
     """
     found = []
     rows = zip(recorded.tokens, recorded.scores, recorded.margins, current.tokens, current.margins, strict=False)
     for token, score, margin, chosen, now in rows:
         if inf in (margin, now):
-            continue  # one token was left to sample from, and nothing says how near the next one was
+            continue  # only one token was left to sample from, so the distance to the next is unknown
         flipped = chosen != token
-        # by how much its token leads now, or lags behind
+        # its token leads by `now`, or trails by it where the step flipped
         found.append((margin, score, (-now if flipped else now) - margin, flipped))
     return found
 
@@ -59,19 +60,19 @@ def fit(
     *,
     prompts: int,
 ) -> Calibration:
-    """Return the calibration that pairs of traces give: one as recorded, one led along its tokens.
+    """Return the calibration fitted to pairs of traces: one as recorded, one teacher-forced along its tokens.
 
     ``prompts``: how many there were; each may have been scored several times.
-    Raises ``CalibrationError`` where there are too few steps to say anything.
+    Raises ``CalibrationError`` where there are fewer than ``LEAST_STEPS`` steps.
     """
-    from scipy.stats import genpareto  # heavy, and wanted here alone
+    from scipy.stats import genpareto  # slow to import, and needed only here
 
     seen = [step for pair in pairs for step in moved(*pair)]
     if len(seen) < LEAST_STEPS:
         raise CalibrationError(
-            f"{len(seen)} steps are too few to calibrate by",
-            accepted=f"at least {LEAST_STEPS}",
-            hint="Give more prompts, or ask for more tokens of each",
+            f"{len(seen)} steps are too few to calibrate",
+            accepted=f"at least {LEAST_STEPS} steps",
+            hint="Use more prompts, or more tokens of each",
         )
     noise = [abs(size) for _, _, size, _ in seen]
     still = sum(size == 0.0 for size in noise) / len(noise)
@@ -89,7 +90,7 @@ def fit(
         shape = genpareto.fit(excesses, floc=0.0)[0]
         shape = max(shape, 0.0) + (1.0 + max(shape, 0.0)) / sqrt(len(excesses))
         _, _, scale = genpareto.fit(excesses, f0=shape, floc=0.0)
-    else:  # hardly anything moved: what never moved might, by as much as the least unit seen
+    else:  # almost nothing moved: assume a wide tail at the scale of the largest noise
         shape, scale = 0.5, max(sizes[-1], min((size for size in sizes if size > 0.0), default=1e-6))
     share = max(len(excesses), 1) / len(sizes)
     beyond = [beyond_tail(knot, start, share, shape, scale) for knot in knots if knot > start]
@@ -122,7 +123,7 @@ def fit(
 
 
 def _knots(sizes: Sequence[float]) -> list[float]:
-    """Return sizes to keep, ascending and different: all, or as many as suffice to tell any share."""
+    """Return the sizes to keep, ascending and distinct: all, or ``KNOTS`` evenly spaced quantiles."""
     distinct = sorted(set(sizes))
     if len(distinct) <= KNOTS:
         return distinct
@@ -133,9 +134,9 @@ def _knots(sizes: Sequence[float]) -> list[float]:
 def _near(
     steps: Sequence[tuple[float, float]], knots: Sequence[float], above: Sequence[float], from_on: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return ``above`` and ``from_on``, the shares of all noise beyond each knot, drawn to those of the nearest steps.
+    """Return ``above`` and ``from_on``, the shares of all noise beyond each knot, as estimated from the nearest steps.
 
-    ``steps``: margin and noise of each, by margin. Neither result ever grows from one knot to the next.
+    ``steps``: margin and noise of each, by margin. Neither result increases from one knot to the next.
     """
     found = []
     margins = [margin for margin, _ in steps]
@@ -155,7 +156,7 @@ def _near(
 
 
 def _power(scores: Sequence[float], noise: Sequence[float]) -> float:
-    """Return with which power of the score's binade noise grows, from 0 (not at all) to 1."""
+    """Return the power of the score's binade with which noise grows, from 0 (not at all) to 1."""
     from scipy.stats import linregress
 
     points = [

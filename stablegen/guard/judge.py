@@ -1,4 +1,4 @@
-"""Judges cached answers by what their cache knows: self-checks and calibrations, each read once."""
+"""Judge cached answers by the self-checks and calibrations in their cache, each read once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stablegen.machine.plan import processed
 from stablegen.store.cache import Cache
 
 KNOWN = 4096
-"""Self-checks, and calibrations, that are remembered at most."""
+"""The most self-checks, and the most calibrations, that are kept in memory."""
 _UNREAD = object()
 
 
 class Judge:
-    """Says what a cached answer is worth under any numerics.
+    """Judges cached answers under any numerics.
 
     ``accepted_risk``: the probability of divergence up to which a hit is ``stable``. Threads may share a judge.
     """
@@ -34,19 +34,19 @@ class Judge:
         """Return the verdict on a record if it were recomputed under ``numerics``."""
         current = numerics_for(record.request, numerics)
         check, calibration = None, None
-        if record.numerics.digest == current.digest:  # under others nothing is promised
+        if record.numerics.digest == current.digest:  # under other numerics nothing is promised
             check = self.check(record.request.model, current, record.composition.shape)
         if check is None or not check.passed or record.composition.slot:
             calibration = self.calibration(record, current)
         return judge(record, current, check=check, accepted_risk=self.accepted_risk, calibration=calibration)
 
     def compare(self, old: Record, fresh: Record, *, how: str = "recomputed") -> Verdict:
-        """Return the verdict on a hit that was recomputed; ``how`` opens its reason."""
+        """Return the verdict on a hit that was recomputed; ``how`` begins its reason."""
         check = self.check(fresh.request.model, fresh.numerics, fresh.composition.shape)
         return compare(old, fresh, check=check, how=how)
 
     def check(self, model: ModelIdentity, numerics: Numerics, shape: Shape) -> SelfCheck | None:
-        """Return what is known of the policy's promise in a shape; None where it was never measured."""
+        """Return the self-check of a policy in a shape; None where there was none."""
         place = model.canonical, numerics.digest, shape
         known = self._checks.get(place)
         if known is None:
@@ -56,11 +56,11 @@ class Judge:
         return known
 
     def learn(self, model: ModelIdentity, check: SelfCheck) -> None:
-        """Take a self-check made just now."""
+        """Remember a self-check made just now."""
         self._checks[model.canonical, check.numerics.digest, check.shape] = check
 
     def calibration(self, record: Record, current: Numerics) -> Calibration | None:
-        """Return what was measured of the noise between a record's numerics and ``current``, with its model."""
+        """Return the calibration from a record's numerics to ``current`` for its model; None where there is none."""
         pair = record.request.model.canonical, record.numerics.digest, current.digest
         found = self._calibrations.get(pair, _UNREAD)
         if found is _UNREAD:
@@ -70,10 +70,10 @@ class Judge:
         return found
 
     def learn_calibration(self, made: Calibration) -> None:
-        """Take a calibration made just now."""
+        """Remember a calibration made just now."""
         self._calibrations[made.model.canonical, made.recorded.digest, made.current.digest] = made
 
 
 def numerics_for(request: Request, numerics: Numerics) -> Numerics:
-    """Return the numerics under which a request is answered where others are answered under ``numerics``."""
+    """Return the numerics of a request's answer: ``numerics``, with score processing where the request needs it."""
     return processed(numerics) if request.params.processed else numerics

@@ -4,10 +4,10 @@ Equal ``Numerics`` under a policy whose promise was checked here mean ``exact``.
 margins of the record's steps: a step flips if the noise between two numerics exceeds its margin, and an answer
 diverges if any step flips, ``1 - prod(1 - p_t)``.
 
-**Calibration** (``calibration.py``) measures, for a model and two numerics, how far margins move. **The prior** serves
-where there is none: the noise on a margin is taken as normal, its standard deviation counted in
-units in the last place (ulp) of the winning score: ``NOISE[device][dtype]`` between numerics of one dtype,
-``CROSS_DTYPE_NOISE`` ulp of the coarser dtype otherwise. Verdicts that rest on it say so (``basis="prior"``).
+**Calibration** (``calibration.py``) measures, for a model and two numerics, how far margins move. Where there is none,
+**the prior** is used: the noise on a margin is taken as normal, with its standard deviation in units in the last place
+(ulp) of the winning score: ``NOISE[device][dtype]`` between numerics of one dtype, ``CROSS_DTYPE_NOISE`` ulp of the
+coarser dtype otherwise. Verdicts that rest on it say so (``basis="prior"``).
 
 The figures are the upper ends of what ``tests/benchmarks/margin_noise.py`` measured, for the two trained models of this
 project, batch size 1 against 2, 8 and 32, 64 greedy tokens a prompt (results beside it). Standard deviations in ulp:
@@ -33,13 +33,13 @@ from stablegen.core.verdict import DEFAULT_ACCEPTED_RISK, SelfCheck, Verdict
 
 _T = TypeVar("_T")
 NEGLIGIBLE_RISK = 1e-4
-"""Probability of a divergence that verification leaves to the margins, where it has to decode step by step."""
+"""The probability of divergence up to which verification skips the remaining steps, where it decodes step by step."""
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
 NOISE = {
     "cuda": {"float32": 140.0, "float16": 0.9, "bfloat16": 0.6},
     "cpu": {"float32": 140.0, "float16": 1.6, "bfloat16": 1.6},
 }
-"""Standard deviation of the noise between two numerics of one dtype, in ulp; the CPU's where either is a CPU's."""
+"""Standard deviation of the noise between two numerics of one dtype, in ulp; the CPU's where either is on a CPU."""
 CROSS_DTYPE_NOISE = 2.2
 """Standard deviation of the noise between two dtypes, in ulp of the coarser one."""
 
@@ -58,20 +58,20 @@ def judge(
 ) -> Verdict:
     """Return the verdict on a hit if it were recomputed under ``numerics``.
 
-    ``calibration``: of the record's model, from its numerics to these; without one the prior serves.
+    ``calibration``: of the record's model, from its numerics to these; without one the prior is used.
     ``check`` is the self-check of those numerics with the record's model, None if there was none; without a passed
     one nothing is ``exact``. ``accepted_risk`` is the probability of divergence up to which a hit is ``stable``. The
-    step a verdict names is the most fragile one, the first of them where several are.
+    verdict's step is the most fragile one, the first where several are equally fragile.
     """
     same = record.numerics.digest == numerics.digest
     if same and _kept(check, record):
         return EXACT
     if record.trace is None:
-        return Verdict(status="unknown", reason="the record has no trace to judge by")
+        return Verdict(status="unknown", reason="the record has no trace, so it cannot be judged")
     risks = flip_probabilities(record.trace, record.numerics, numerics, calibration)
     if risks is None:
         dtypes = " and ".join(sorted({record.numerics.dtype, numerics.dtype} - MANTISSA_BITS.keys()))
-        return Verdict(status="unknown", reason=f"nothing is known of how far margins move in {dtypes}")
+        return Verdict(status="unknown", reason=f"no calibration, and no prior for how far margins move in {dtypes}")
     survival = 1.0
     for risk in risks:
         survival *= 1.0 - risk
@@ -92,7 +92,7 @@ def judge(
 
 
 def fragile_steps(risks: Sequence[float]) -> tuple[int, float]:
-    """Return how many steps must be looked at for the rest to be negligible together, and the rest's risk."""
+    """Return how many first steps must be decoded again for the risk of the rest to be negligible, and that risk."""
     survival = 1.0
     for count in range(len(risks), 0, -1):
         if survival * (1.0 - risks[count - 1]) < 1.0 - NEGLIGIBLE_RISK:
@@ -102,11 +102,11 @@ def fragile_steps(risks: Sequence[float]) -> tuple[int, float]:
 
 
 def compare(old: Record, fresh: Record, *, check: SelfCheck | None, how: str = "recomputed") -> Verdict:
-    """Return the verdict on a hit after it was recomputed: equal bits, equal tokens, or where they part.
+    """Return the verdict on a hit after it was recomputed: equal bits, equal tokens, or where they diverge.
 
     Equal bits are ``exact`` only if the next run will give them too, by the ``check`` of the fresh record's numerics.
-    A ``diverged`` verdict names the old answer's token and the fresh one's at the first step that differs. ``how`` the
-    fresh record was made opens the reason.
+    A ``diverged`` verdict names the old answer's token and the fresh one's at the first step that differs. ``how``, the
+    way in which the fresh record was made, begins the reason.
     """
     step = first_difference(old.token_ids, fresh.token_ids)
     if step is not None:
@@ -138,7 +138,7 @@ def _at(values: tuple[_T, ...], step: int) -> _T | None:
 
 
 def _kept(check: SelfCheck | None, record: Record) -> bool:
-    """Return whether the record's policy promises its bits, and was found to keep the promise for its slot."""
+    """Return whether the record's policy promises its bits, and a self-check found the promise kept for its slot."""
     if check is None or not check.passed or check.numerics.digest != record.numerics.digest:
         return False
     slot_matters = check.shape.width is not None and not check.slot_free
@@ -148,9 +148,9 @@ def _kept(check: SelfCheck | None, record: Record) -> bool:
 def flip_probabilities(
     trace: Trace, recorded: Numerics, current: Numerics, calibration: Calibration | None = None
 ) -> list[float] | None:
-    """Return, for each step, the probability that its two best tokens change places, calibrated or by the prior.
+    """Return, for each step, the probability that its two best tokens swap places, by calibration or by the prior.
 
-    None where there is no calibration and the prior does not know a dtype.
+    None where there is no calibration, and no prior for a dtype.
     ``recorded`` are the numerics that computed the trace, ``current`` those that would recompute it.
     """
     if calibration is not None:
@@ -173,7 +173,7 @@ def flip_probabilities(
 
 def _reason(record: Record, numerics: Numerics, *, same: bool, check: SelfCheck | None) -> str:
     if same and not keeps_bits(numerics.policy):
-        return f"policy {numerics.policy} promises nothing, not even against itself"
+        return f"policy {numerics.policy} promises nothing, even under equal numerics"
     if same and check is None:
         return f"policy {numerics.policy} has not been self-checked here"
     if same:

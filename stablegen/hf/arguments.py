@@ -1,7 +1,7 @@
 """``model.generate``'s arguments as requests, resolved as transformers resolves them: by transformers itself.
 
-Everything is either part of a request, or known to change no answer, or refused by name; the README beside this file
-lists which is which.
+Every argument is part of a request, or known to change no answer, or refused with a named error; the README beside
+this file lists which is which.
 """
 
 from __future__ import annotations
@@ -28,45 +28,46 @@ _ARGUMENTS: Mapping[str, str] = {
     "prefix_allowed_tokens_fn": "Use bad_words_ids, suppress_tokens or a processor with a cache_key",
     "synced_gpus": "Run one process a GPU, each with its own client",
     "assistant_model": "Leave it out: batch-invariant decoding is faster, and gives the same tokens",
-    "assistant_tokenizer": "Leave it out, with the assistant",
+    "assistant_tokenizer": "Leave it out, as well as assistant_model",
     "negative_prompt_ids": "Leave it out",
     "negative_prompt_attention_mask": "Leave it out",
     "custom_generate": "Leave it out",
 }
-"""Arguments of ``generate`` that are refused where they are given, and what to do instead."""
+"""Arguments of ``generate`` that are refused, and what to do instead."""
 _MODEL_ARGUMENTS: Mapping[str, str] = {
     "inputs_embeds": "Give input_ids",
     "past_key_values": "Give the whole prompt: a batch-invariant policy computes shared beginnings once",
-    "output_attentions": "GenerateCall the model itself on what was generated",
-    "output_hidden_states": "GenerateCall the model itself on what was generated",
+    "output_attentions": "Call the model itself on the generated ids",
+    "output_hidden_states": "Call the model itself on the generated ids",
     "position_ids": "Leave it out: positions come from the attention mask",
 }
-"""Arguments of the model that are refused where they are given; all others but the mask are too."""
+"""Arguments of the model that are refused, and what to do instead; all others but the mask are refused too."""
 _SETTINGS: Mapping[str, tuple[object, str]] = {
-    "max_time": (None, "Use max_new_tokens: where a clock ends an answer, no two runs need agree"),
-    "token_healing": (False, "Trim the prompt before"),
+    "max_time": (None, "Use max_new_tokens: answers that a clock ends differ from run to run"),
+    "token_healing": (False, "Trim the prompt beforehand"),
     "guidance_scale": (1.0, "Leave it out"),
     "watermarking_config": (None, "Leave it out"),
-    "output_attentions": (False, "GenerateCall the model itself on what was generated"),
-    "output_hidden_states": (False, "GenerateCall the model itself on what was generated"),
+    "output_attentions": (False, "Call the model itself on the generated ids"),
+    "output_hidden_states": (False, "Call the model itself on the generated ids"),
     "is_assistant": (False, "Leave it out"),
 }
-"""Settings of a ``GenerationConfig`` that are refused, the value that is nothing, and what to do instead."""
+"""Settings of a ``GenerationConfig`` that are refused, the value that turns each off, and what to do instead."""
 _BEAMS = "Use greedy decoding or sampling: num_beams=1"
 _INSTEAD: Mapping[str, str] = {
     "assisted_generation": "Leave prompt_lookup_num_tokens, assistant_early_exit and use_mtp out",
     "contrastive_search": "Leave penalty_alpha out",
     "dola_generation": "Leave dola_layers out",
 }
-"""What to do in place of a generation mode; beams in place of any other."""
+"""What to do instead of a generation mode; ``_BEAMS`` is for any other."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """A call of ``generate`` as it was understood.
+    """A call of ``generate``, resolved.
 
-    ``ids`` [B * num_return_sequences, S]: the prompts as they were given, padding included, and ``requests`` for each.
-    ``seeded``: whether their answers are functions of them, and so may be cached. ``pad``: the id that fills up.
+    ``ids`` [B * num_return_sequences, S]: the prompts as given, padding included; ``requests``: one for each.
+    ``seeded``: whether answers are functions of the requests, and so may be cached. ``pad``: the id that fills up
+    shorter answers.
     """
 
     ids: torch.Tensor
@@ -87,7 +88,7 @@ def resolve(
     sample_index: int,
     arguments: dict[str, Any],
 ) -> GenerateCall:
-    """Return what ``generate``'s arguments ask for.
+    """Return the call that ``generate``'s arguments describe.
 
     Raises ``UnsupportedParameterError`` for what no policy could make stable, ``ParameterError`` for what transformers
     refuses too, ``PromptError``, ``AttentionMaskError`` and ``ContextLengthError`` for prompts.
@@ -135,7 +136,7 @@ def resolve(
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """What the caller handed over that is an object: processors, criteria, a streamer, a tokenizer."""
+    """The objects among the caller's arguments: processors, criteria, a streamer, a tokenizer."""
 
     processors: Sequence[Any]
     criteria: Sequence[Any]
@@ -145,7 +146,7 @@ class _Own:
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> _Own:
         """Take the objects out of ``generate``'s arguments; raise where one is refused."""
-        arguments.pop("trust_remote_code", None)  # of custom_generate, which is refused
+        arguments.pop("trust_remote_code", None)  # belongs to custom_generate, which is refused
         for name, instead in _ARGUMENTS.items():
             value = arguments.pop(name, None)
             if value is not None and value is not False:
@@ -178,9 +179,9 @@ class _Own:
         return found
 
     def replacing(self, width: int, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the criteria ask for that take the place of transformers' own, for prompts of so many tokens.
+        """Return the settings of criteria that replace transformers' own, for prompts ``width`` tokens wide.
 
-        ``asked``: what is asked without them; processors go on knowing the ends and the length of that.
+        ``asked``: the settings without them; processors still use its end tokens and its length.
         """
         found: dict[str, Any] = {}
         for criterion in self.criteria:
@@ -201,7 +202,7 @@ class _Own:
 def _configured(
     model: Any, generation_config: Any, arguments: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any], dict[str, bool]]:
-    """Return the resolved configuration, the arguments that are the model's, and which lengths nobody has set."""
+    """Return the resolved configuration, the arguments that are the model's, and which lengths are not set."""
     defaulted = {
         name: arguments.get(name) is None
         and all(getattr(place, name, None) is None for place in (generation_config, model.generation_config))
@@ -225,7 +226,7 @@ def _configured(
 def _prompts(
     model: Any, config: Any, inputs: torch.Tensor | None, rest: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prompts [B, S] as they were given, and where tokens are, bool; special tokens are made ready."""
+    """Return the prompts [B, S] as given, and where tokens are, bool; prepare the configuration's special tokens."""
     given, mask = rest.pop("input_ids", None), rest.pop("attention_mask", None)
     for name, value in rest.items():
         if value is not None and name != "use_cache":
@@ -241,7 +242,7 @@ def _refused(what: str, instead: str) -> UnsupportedParameterError:
     return UnsupportedParameterError(
         f"generate was given {what}, whose answers no policy makes stable",
         accepted="greedy decoding and sampling; stablegen/hf/README.md lists every argument",
-        hint=f"{instead}. Or pass unsupported='passthrough': transformers then runs the call as it is, uncached",
+        hint=f"{instead}. Or pass unsupported='passthrough': transformers then runs the call unchanged, uncached",
     )
 
 
@@ -258,7 +259,7 @@ def _check_settings(config: Any, rest: Mapping[str, Any]) -> None:
     """Raise ``UnsupportedParameterError`` for a generation mode or setting that is refused."""
     mode = str(config.get_generation_mode(None).value)
     if mode not in _MODES:
-        raise _refused(f"settings that mean {mode.replace('_', ' ')}", _INSTEAD.get(mode, _BEAMS))
+        raise _refused(f"settings that select {mode.replace('_', ' ')}", _INSTEAD.get(mode, _BEAMS))
     for name, (nothing, instead) in _SETTINGS.items():
         value = getattr(config, name, None)
         if value is not None and value != nothing:
@@ -271,7 +272,7 @@ def _check_settings(config: Any, rest: Mapping[str, Any]) -> None:
         raise ParameterError(
             f"num_return_sequences={config.num_return_sequences} without sampling",
             accepted="several sequences with do_sample=True",
-            hint="Greedy copies would all be equal",
+            hint="Greedy decoding would return equal copies",
         )
 
 
@@ -293,8 +294,11 @@ def _check_ids(ids: Any, config: Any) -> torch.Tensor:
 def _keep(ids: torch.Tensor, mask: Any) -> torch.Tensor:
     """Return where the caller's mask says that tokens are, [B, S] bool."""
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-        given = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise AttentionMaskError(f"the attention mask has {given}, the ids {tuple(ids.shape)}", accepted="equal shapes")
+        given = f"of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise AttentionMaskError(
+            f"the attention mask is {given}, the ids are of shape {tuple(ids.shape)}",
+            accepted="a tensor of equal shape",
+        )
     keep = mask != 0
     for row in range(len(ids)):
         places = keep[row].nonzero().flatten()
@@ -310,24 +314,26 @@ def _keep(ids: torch.Tensor, mask: Any) -> torch.Tensor:
 
 
 def _inferred(model: Any, ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return where transformers would say that tokens are, [B, S] bool: everywhere but at the pad token, if it can.
+    """Return the mask that transformers would infer, [B, S] bool: all but the pad tokens, where it can tell.
 
-    A token masked inside a prompt is as if it were not there, positions being counted by the mask.
+    A token masked inside a prompt is dropped, because positions are counted by the mask.
     """
     keep: torch.Tensor = private.infer_attention_mask(model, ids, config) != 0
     for row in range(len(ids)):
         if not keep[row].any():
             raise PromptError(
-                f"row {row} holds nothing but the pad token", accepted="at least one token a row, or an attention_mask"
+                f"row {row} holds only pad tokens", accepted="at least one token a row, or an attention_mask"
             )
     return keep
 
 
 def _lengths(model: Any, config: Any, ids: torch.Tensor, defaulted: Mapping[str, bool]) -> tuple[int, int]:
-    """Return how many new tokens there are at most and at least; lengths count the padded width, as transformers'."""
+    """Return the most and the fewest new tokens; lengths count the padded width, as in transformers."""
     width = ids.shape[1]
     if config.max_new_tokens is not None and config.max_new_tokens < 1:
-        raise ParameterError(f"max_new_tokens={config.max_new_tokens!r}", accepted="a whole number of at least 1")
+        raise ParameterError(
+            f"max_new_tokens={config.max_new_tokens!r} is not valid", accepted="a whole number of at least 1"
+        )
     try:
         config = private.prepare_lengths(
             model, config, ids, default_max=defaulted["max_length"], default_min=defaulted["min_length"]
@@ -340,7 +346,7 @@ def _lengths(model: Any, config: Any, ids: torch.Tensor, defaulted: Mapping[str,
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Return a resolved configuration's settings that decide an answer; what changes nothing is left out."""
+    """Return a resolved configuration's settings that decide an answer; those without effect are left out."""
 
     def plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, torch.Tensor) else value
@@ -353,19 +359,19 @@ def _settings(config: Any) -> dict[str, Any]:
         names += ["temperature", "top_h", "top_k", "min_p"]
     asked = {name: plain(getattr(config, name, None)) for name in names}
     if config.do_sample:
-        # outside these bounds transformers leaves them out
+        # transformers ignores values outside these bounds
         shares = {name: getattr(config, name) for name in ("top_p", "typical_p")}
         asked |= {name: share for name, share in shares.items() if share is not None and share < 1}
         cutoffs = {name: getattr(config, name) or 0.0 for name in ("epsilon_cutoff", "eta_cutoff")}
         asked |= {name: value for name, value in cutoffs.items() if 0 < value < 1}
     ends = private.end_tokens(config)
-    return asked | {"eos_token_id": [end for end in ends if end >= 0]}  # to transformers a negative one is none
+    return asked | {"eos_token_id": [end for end in ends if end >= 0]}  # transformers ignores negative ids
 
 
 def criterion_of(criterion: Any) -> tuple[str, Callable[[int], Any]]:
-    """Return a caller's stopping criterion by its cache key, as what makes one for a prompt of so many tokens."""
+    """Return a stopping criterion's cache key, and a function that makes it for a prompt's length in tokens."""
     if type(criterion).__name__ == "MultiTokenEOSCriteria" and type(criterion).__module__.startswith("lm_eval."):
-        # lm-eval's: it counts the rows of a batch and the width of its prompts, and here each row is one of its own
+        # lm-eval's depends on a batch's rows and the width of its prompts; here each row is a batch of its own
         kind, sequence, own = type(criterion), criterion.sequence, criterion.tokenizer
         by = _digest_of(own)
         return f"lm-eval until {sequence!r} by tokenizer {by}", lambda length: kind(sequence, own, length, 1)
@@ -384,9 +390,9 @@ def _key_of(own: Any, what: str) -> str:
     key = getattr(own, "cache_key", None)
     if not isinstance(key, str) or not key:
         raise _refused(
-            f"a {what} of its own, {type(own).__name__}, which may do anything",
-            "Give it an attribute cache_key, a text that names all that its results depend on, if it looks at nothing "
-            "but its arguments",
+            f"a custom {what}, {type(own).__name__}, without a cache_key",
+            "If its results depend only on its arguments and its settings, give it an attribute cache_key, a string "
+            "that names all of these settings",
         )
     return key
 

@@ -1,4 +1,4 @@
-"""``client.generate``: a call of ``model.generate`` answered in kind."""
+"""``client.generate``: answer a call of ``model.generate`` with the same kind of result."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def generate(
     """Return ids [B, prompt + new], or an output with ``sequences`` and ``completions``, as transformers would.
 
     Rows may be padded on either side, as their mask says; padding is kept in the result and never seen by the model.
-    Shorter answers are filled with the pad token, or the end token. ``scores`` and ``logits``, where asked for, are
-    computed along the answers under the client's numerics; of rows that have ended they are 0.
+    Shorter answers are filled with the pad token, or the end token. ``scores`` and ``logits``, where requested, are
+    computed by teacher forcing under the client's numerics; they are 0 after a row's end.
     """
     if unsupported not in UNSUPPORTED:
-        raise ParameterError(f"unsupported={unsupported!r}", accepted=", ".join(map(repr, UNSUPPORTED)))
+        raise ParameterError(f"unsupported={unsupported!r} is not valid", accepted=", ".join(map(repr, UNSUPPORTED)))
     try:
         call = resolve(session, inputs, generation_config, seed, sample_index, dict(arguments))
     except UnsupportedParameterError as refusal:
@@ -54,11 +54,11 @@ def generate(
             raise
         if seed is not None or sample_index:
             raise ParameterError(
-                f"seed={seed!r:.40} for a call that is passed through: {refusal.problem}",
-                hint="Leave the seed out, and call torch.manual_seed before",
+                f"seed={seed!r:.40} was given for a call that is passed through to transformers: {refusal.problem}",
+                hint="Leave seed and sample_index out, and call torch.manual_seed before",
             ) from refusal
         session.own.warn_once(
-            f"{refusal.hint}", f"{refusal.problem}: transformers runs it as it is, and it is not cached"
+            f"{refusal.hint}", f"{refusal.problem}: transformers runs the call unchanged, and it is not cached"
         )
         own = session.source.passthrough(session.numerics)
         return own.generate(inputs, generation_config, **arguments)
@@ -93,7 +93,7 @@ def _answer(session: Session, call: GenerateCall) -> torch.Tensor | StableGenera
 def _processed(
     request: Request, completion: Completion, rows: Sequence[torch.Tensor], threads: int | None
 ) -> Sequence[torch.Tensor]:
-    """Return an answer's processed score rows [V]; noise is no part of them."""
+    """Return an answer's processed score rows [V], without sampling noise."""
     if not request.params.processed:
         return rows
     with torch.inference_mode(), cpu_threads(threads):

@@ -1,1 +1,1 @@
-"""What hardware and software is there, known without torch."""
+"""The hardware and software of this machine, found without torch."""

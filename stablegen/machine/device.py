@@ -1,4 +1,4 @@
-"""What hardware is there, learnt without torch: NVML for GPUs, the processor's own flags for CPUs."""
+"""The hardware of this machine, found without torch: NVML for GPUs, the processor's own flags for CPUs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Device:
 def resolve_device(name: str, dtype: str, *, torch_has_cuda: bool, threads: int) -> Device:
     """Return the device that ``name`` (``auto``, ``cpu``, ``cuda``, ``cuda:N``) means on this machine.
 
-    ``threads``: how many a CPU run will use. Raises ``DeviceError`` where it is not there or unknown, ``DtypeError``
-    where it does not compute in ``dtype``.
+    ``threads``: how many a CPU run will use. Raises ``DeviceError`` where the device is unknown or missing,
+    ``DtypeError`` where it does not support ``dtype``.
     """
     if dtype not in DTYPES:
         raise DtypeError(f"dtype {dtype!r} is unknown", accepted=", ".join(DTYPES))
@@ -60,20 +60,20 @@ def resolve_device(name: str, dtype: str, *, torch_has_cuda: bool, threads: int)
     index = int(match[1] or 0)
     if not torch_has_cuda:
         raise DeviceError(
-            f"device {name!r} was asked for, and the installed torch is a build without CUDA",
+            f"device {name!r} was requested, and the installed torch is built without CUDA",
             accepted="'cpu' or 'auto' with this torch",
             hint="Install a CUDA build of torch",
         )
     if index >= len(gpus):
         raise DeviceError(
-            f"device {name!r} is not there: {len(gpus)} NVIDIA GPU(s) are visible",
+            f"device {name!r} was not found: {len(gpus)} NVIDIA GPU(s) are visible",
             accepted=", ".join(repr(gpu.name) for gpu in gpus) or "'cpu' or 'auto' on this machine",
-            hint="Look at CUDA_VISIBLE_DEVICES and nvidia-smi",
+            hint="Check CUDA_VISIBLE_DEVICES and nvidia-smi",
         )
     gpu = gpus[index]
     if dtype == "bfloat16" and gpu.capability is not None and gpu.capability < (8, 0):
         raise DtypeError(
-            f"{gpu.model} (compute capability {gpu.capability[0]}.{gpu.capability[1]}) does not compute in bfloat16",
+            f"{gpu.model} (compute capability {gpu.capability[0]}.{gpu.capability[1]}) does not support bfloat16",
             accepted="float32, float16 on this GPU",
         )
     return gpu
@@ -81,7 +81,7 @@ def resolve_device(name: str, dtype: str, *, torch_has_cuda: bool, threads: int)
 
 @lru_cache(maxsize=1)
 def visible_gpus() -> list[Device]:
-    """Return the NVIDIA GPUs that CUDA would number from 0, by NVML; none where there is no driver."""
+    """Return the NVIDIA GPUs in CUDA's order, from NVML; none where there is no driver."""
     try:
         import pynvml
 
@@ -112,7 +112,7 @@ def _visible(nvml: Any, handles: list[Any]) -> list[Any]:
             chosen.append(handles[int(entry)])
         elif entry.startswith("GPU-") and any(uuid.startswith(entry) for uuid in uuids):
             chosen.append(handles[next(i for i, uuid in enumerate(uuids) if uuid.startswith(entry))])
-        else:  # CUDA stops at the first entry it cannot follow
+        else:  # CUDA stops at the first entry it cannot resolve
             break
     return chosen
 
@@ -153,16 +153,16 @@ def cpu_model() -> str:
 
 
 def instruction_set() -> str:
-    """Return the instruction sets of ``FLAGS`` that this processor has, separated by blanks."""
+    """Return the instruction sets of ``FLAGS`` that this processor has, separated by spaces."""
     info = _cpuinfo()
     have = set(info.get("flags", info.get("Features", "")).split())
     return " ".join(flag for flag in FLAGS if flag in have) or platform.machine()
 
 
 def usable_cpus() -> int:
-    """Return how many threads a CPU run uses where torch does not say: OMP_NUM_THREADS, else the cores allowed.
+    """Return how many threads a CPU run uses where torch is not loaded: OMP_NUM_THREADS, else the usable cores.
 
-    Cores, not hardware threads: so does torch with MKL.
+    Counts cores and not hardware threads, as torch with MKL does.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdigit() and int(asked) > 0:

@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered."""
+"""SHA-256 digests of files, remembered between runs."""
 
 from __future__ import annotations
 

@@ -21,16 +21,16 @@ from stablegen.core.policy import BATCH_INVARIANT, ExecutionPolicy
 from stablegen.machine.device import Device, resolve_device, usable_cpus
 
 ENGINE_VERSION = 2
-"""Raised whenever the transformers engine, its KV cache growing, would give other bits for the same request."""
+"""Raised whenever the transformers engine with a growing KV cache would give other bits for the same request."""
 STATIC_ENGINE_VERSION = 2
-"""Raised whenever the transformers engine, its KV cache of fixed length, would give other bits."""
+"""Raised whenever the transformers engine with a KV cache of fixed length would give other bits."""
 STATIC_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "olmo2", "phi", "qwen2", "qwen3"})
 """``model_type`` of the architectures whose decode step can be captured: tests run each of them."""
 _FIXED_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
-"""Rotary embeddings that do not look at how long the sequence has become."""
+"""Rotary embeddings that do not depend on the sequence's current length."""
 _SDP = ("flash", "mem_efficient", "math", "cudnn")
 CHOOSING_VERSION = 1
-"""Raised whenever tokens would be chosen otherwise from the same processed scores, or other noise be drawn."""
+"""Raised whenever the same processed scores would give other tokens, or sampling would draw other noise."""
 KERNEL_VERSIONS = {"triton": 2, "reference": 1}
 """Raised whenever a kernel set would give other bits; equals each kernel set's own ``version``."""
 OVERRIDES = (
@@ -66,7 +66,7 @@ OVERRIDES = (
 def find_device(name: str, dtype: str) -> Device:
     """Return the device that ``name`` means here, without importing torch.
 
-    Raises ``DeviceError`` or ``DtypeError`` where this machine cannot.
+    Raises ``DeviceError`` where it is unknown or missing, ``DtypeError`` where it does not support ``dtype``.
     """
     return resolve_device(name, dtype, torch_has_cuda=torch_cuda_version() is not None, threads=cpu_threads())
 
@@ -94,9 +94,9 @@ def numerics_on(
 ) -> Numerics:
     """Return the numerics of a policy and dtype on a device, known without importing torch.
 
-    ``attention`` is the attention implementation of the transformers model, ``static_cache`` whether the model
-    ``allows_static_cache``; batch-invariant engines have their own, and copy their
-    weights to aligned places.
+    ``attention`` is the attention implementation of the transformers model, ``alignment`` identifies the unaligned
+    ones of its weights, and ``static_cache`` says whether the model ``allows_static_cache``. Batch-invariant engines
+    use none of them: they have their own attention and cache, and copy weights to aligned memory.
     """
     own = policy.engines == BATCH_INVARIANT
     static = not own and policy.promises and static_cache and device.is_cuda and attention == "sdpa"
@@ -133,7 +133,7 @@ def numerics_on(
 
 @lru_cache(maxsize=64)
 def processed(numerics: Numerics) -> Numerics:
-    """Return the numerics of answers whose tokens are chosen from processed scores: transformers processes them."""
+    """Return the numerics of answers chosen from processed scores, which transformers' processors compute."""
     return numerics.model_copy(update={"choosing": CHOOSING_VERSION, "transformers": version_of("transformers")})
 
 

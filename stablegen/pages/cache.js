@@ -154,14 +154,14 @@
     return made;
   }
 
-  function draw(anew = false) {
+  function draw(redraw = false) {
     const top = Math.max(0, viewport.scrollTop);
     const first = Math.max(0, Math.floor(top / height) - AHEAD);
     const last = Math.min(shown.length, Math.ceil((top + viewport.clientHeight) / height) + AHEAD);
-    if (anew) drawn = new Map();
+    if (redraw) drawn = new Map();
     const wanted = new Map();
     for (let place = first; place < last; place++) wanted.set(place, drawn.get(place) ?? make(place));
-    const same = !anew && wanted.size === drawn.size && [...wanted.keys()].every((place) => drawn.has(place));
+    const same = !redraw && wanted.size === drawn.size && [...wanted.keys()].every((place) => drawn.has(place));
     drawn = wanted;
     if (!same) {
       spaces[0].firstChild.style.height = first * height + "px";

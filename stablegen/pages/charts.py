@@ -98,11 +98,11 @@ def bars(
                 y += thick + 3
         y += (thick if alone else 0) + 12
     keys = [] if len(names) < 2 else [(name, colour, "box") for name, colour in zip(names, chosen, strict=True)]
-    told = describe or "; ".join(
+    described = describe or "; ".join(
         f"{category}: " + ", ".join(f"{name} {form(value)}" for name, value in zip(names, row, strict=True))
         for category, row in zip(categories, rows, strict=True)
     )
-    return _chart(title, told, width, max(y - 8, 20.0), parts) + _legend(keys)
+    return _chart(title, described, width, max(y - 8, 20.0), parts) + _legend(keys)
 
 
 def histogram(
@@ -163,12 +163,12 @@ def histogram(
         end = across(mark[0]) > width * 0.6
         parts.append(_text(mark[1], across(mark[0]) + (-5 if end else 5), start + 4, "end" if end else "strong"))
     parts.append(_text(x_label, (left + width - _PLOT_RIGHT) / 2, height - 5, "middle"))
-    told = describe or f"{number(sum(counts))} in all" + "".join(
+    described = describe or f"{number(sum(counts))} in all" + "".join(
         f"; {number(low)} to {number(high)}: {number(count)}"
         for (low, high), count in zip(bins, counts[lead:], strict=True)
         if count
     )
-    return _chart(title, told, width, height, parts)
+    return _chart(title, described, width, height, parts)
 
 
 def lines(
@@ -227,10 +227,10 @@ def lines(
             group.append(_mark(index, across(x), up(y), f"{one.name}, {x_form(x)}: {y_form(y)}{spread}"))
         parts.append(Markup('<g class="{}">{}</g>').format(colour, Markup("").join(group)))
         keys.append((one.name, colour, f"line {index}"))
-    told = describe or "; ".join(
+    described = describe or "; ".join(
         f"{one.name}: " + ", ".join(f"{x_form(x)} {y_form(y)}" for x, y in one.points) for one in drawn
     )
-    return _chart(title, told, width, height, parts) + _legend(keys if len(keys) > 1 else [])
+    return _chart(title, described, width, height, parts) + _legend(keys if len(keys) > 1 else [])
 
 
 def reliability(
@@ -260,8 +260,8 @@ def reliability(
         words = f"predicted {one.predicted:.1%}, observed {one.observed:.1%} ({one.low:.1%} to {one.high:.1%})"
         group.append(_mark(0, x, up(one.observed), words + (f"; {one.note}" if one.note else "")))
     parts.append(Markup('<g class="c1">{}</g>').format(Markup("").join(group)))
-    told = describe or "; ".join(f"predicted {one.predicted:.1%}, observed {one.observed:.1%}" for one in points)
-    return _chart(title, told, width, height, parts)
+    described = describe or "; ".join(f"predicted {one.predicted:.1%}, observed {one.observed:.1%}" for one in points)
+    return _chart(title, described, width, height, parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""What can be said of a cache: an audit, one answer, the whole cache, why a request missed."""
+"""Reports on a cache: an audit, one answer, the whole cache, why a request missed."""

@@ -1,4 +1,4 @@
-"""One cached answer looked at closely: its steps, its verdict, and where another run's answer diverges from it."""
+"""The report on one cached answer: its steps, its verdict, and where another run's answer diverges from it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from stablegen.client import Client
 
 Evidence = Literal["superseded", "verified", "flagged"]
-"""How it is known that another run diverges: it took the answer's place, was made just now, or was once noted."""
+"""How a divergence is known: one answer superseded the other, a run was made just now, or a hit was flagged before."""
 
 
 class Step(Frozen):
     """One token of an answer; ``text`` and ``runner_up_text`` are None where another tokenizer made it.
 
-    Without a trace only the token is known. ``margin`` is None where nothing else could follow, too.
-    ``probability``: that the two tokens change places. ``logprob`` and ``best``: of a scored continuation, the token's
-    own, and the token of the highest score.
+    Without a trace only the token is known. ``margin`` is None also where no other token could follow.
+    ``probability``: that the two tokens swap places. For a scored continuation, ``logprob`` is that of its token, and
+    ``best`` the token of the highest score.
     """
 
     token: int
@@ -44,8 +44,8 @@ class Step(Frozen):
 class Divergence(Frozen):
     """Where two answers to one request diverge: token ids from ``step`` on, of the ``older`` and the ``newer`` one.
 
-    ``shared``: those before. ``whole``: whether both are known to their ends, or the first token alone. Texts are None
-    where another tokenizer made them.
+    ``shared``: those before. ``whole``: whether both are known to their ends, or only by their first differing token.
+    Texts are None where another tokenizer made them.
     """
 
     source: Evidence
@@ -62,7 +62,7 @@ class Divergence(Frozen):
 
 
 class Inspection(Frozen):
-    """What there is to see of one record; ``verification``: what a fresh run gave, where one was made."""
+    """The report on one record; ``verification``: the verdict of a fresh run, where one was made."""
 
     key: str
     app: str | None
@@ -97,7 +97,7 @@ class Inspection(Frozen):
 
 
 def inspect(client: Client, record: Record, found: Verification | None = None) -> Inspection:
-    """Return what a client can tell of a record; ``found``: what came of verifying it just now."""
+    """Return the report on a record; ``found``: its verification, where it was verified just now."""
     mine = record.request.tokenizer == client.tokenizer.digest
     flagged = [hit for hit in client.cache.flagged() if hit.key == record.key]
     request, old = record.request, record.superseded
@@ -111,7 +111,7 @@ def inspect(client: Client, record: Record, found: Verification | None = None) -
         scored=bool(request.continuation),
         model=request.model.name,
         identity=" ".join(request.model.identity.values()),
-        params=_set(request.params.for_display(), type(request.params)(max_new_tokens=1).for_display()),
+        params=_non_default(request.params.for_display(), type(request.params)(max_new_tokens=1).for_display()),
         created=record.created,
         seconds=record.seconds,
         composition={name: value for name, value in record.composition.to_dict().items() if value is not None},
@@ -135,10 +135,10 @@ def divergences(
     found: Verification | None,
     decode: Callable[[Sequence[int]], str] | None,
 ) -> list[Divergence]:
-    """Return where the record's answer diverges from others to the same request, as far as is known.
+    """Return every known divergence between the record's answer and others to the same request.
 
-    From the fresh answer of ``found``, from the one it superseded, and from those that its ``flagged`` hits of verdict
-    ``diverged`` noted, of which the first token alone is known; of several under the same numerics, from one.
+    The others are the fresh answer of ``found``, the one that the record superseded, and those of its ``flagged`` hits
+    with verdict ``diverged``, whose first differing token alone is known; one answer for each numerics.
     """
     pairs: list[tuple[Evidence, Record, Record]] = []
     if found is not None and found.fresh is not None:
@@ -149,7 +149,7 @@ def divergences(
     for source, older, newer in pairs:
         step = first_difference(older.token_ids, newer.token_ids)
         if step is not None:
-            # of a scored continuation the highest scores are compared: they are no answer to read on in
+            # a scored continuation's tokens of highest score form no text beyond the first difference
             end = step + 1 if record.request.continuation else None
             ids = older.token_ids[:step], older.token_ids[step:end], newer.token_ids[step:end]
             names = older.numerics.summary(), newer.numerics.summary()
@@ -195,8 +195,8 @@ def _known(token: int | None) -> tuple[int, ...]:
     return () if token is None else (token,)
 
 
-def _set(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters that are not as they are without being given."""
+def _non_default(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters that are not at their default, and ``max_new_tokens``."""
     return {name: value for name, value in given.items() if name == "max_new_tokens" or value != usual[name]}
 
 

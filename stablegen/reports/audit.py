@@ -1,4 +1,4 @@
-"""The audit: cached answers generated anew in full, and held against what the guard says of them."""
+"""The audit: generate cached answers again in full, and compare the results with the guard's verdicts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def audit(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AuditReport:
-    """Compute cached answers anew from scratch, and hold the guard's verdicts against what comes of it.
+    """Generate cached answers again from scratch, and compare the results with the guard's verdicts.
 
-    ``sample``: so many of them, chosen at random by ``seed``; None: all. Answers of other models are left out. No
+    ``sample``: how many answers, chosen at random by ``seed``; None: all. Answers of other models are left out. No
     record is changed. Raises what ``Client.verify`` raises.
     """
     started = clock()
@@ -64,7 +64,7 @@ def audit(
 
 
 def keep(report: AuditReport, client: Client) -> None:
-    """Keep a client's audit in its cache, in place of an earlier one of the same model under the same numerics.
+    """Store a client's audit in its cache, replacing an earlier one of the same model under the same numerics.
 
     Raises ``CacheWriteError``.
     """
@@ -73,7 +73,7 @@ def keep(report: AuditReport, client: Client) -> None:
 
 def _audited(found: Verification, verdict: Verdict) -> AuditedHit:
     old, fresh = found.record, found.fresh
-    assert fresh is not None  # nothing is left to margins here
+    assert fresh is not None  # from scratch, every answer is recomputed
     outcome: Outcome = "tokens"
     if found.verdict.status == "diverged":
         outcome = "diverged"
@@ -84,7 +84,7 @@ def _audited(found: Verification, verdict: Verdict) -> AuditedHit:
 
 
 def _measured(hits: Sequence[AuditedHit]) -> dict[str, Any]:
-    """Return what the verdicts and outcomes of hits amount to, as fields of a report."""
+    """Return the statistics of hits' verdicts and outcomes, as fields of a report."""
     table: dict[str, dict[str, int]] = {}
     for hit in hits:
         row = table.setdefault(hit.verdict.status, dict.fromkeys(OUTCOMES, 0))
@@ -110,7 +110,7 @@ def _measured(hits: Sequence[AuditedHit]) -> dict[str, Any]:
 
 
 def reliability(told: Sequence[tuple[float, bool]]) -> list[Bin]:
-    """Return predicted probabilities and what was observed, in ``BINS`` bins of equal width; empty ones left out."""
+    """Return predicted probabilities and observed shares, in ``BINS`` bins of equal width; empty ones are left out."""
     bins: dict[int, list[tuple[float, bool]]] = {}
     for probability, parted in told:
         bins.setdefault(min(int(probability * BINS), BINS - 1), []).append((probability, parted))
@@ -144,11 +144,11 @@ def curve(told: Sequence[tuple[float, bool]]) -> list[Threshold]:
 
 
 def brier(told: Sequence[tuple[float, bool]]) -> float:
-    """Return the mean squared difference of predicted probabilities and what was observed."""
+    """Return the mean squared difference between predicted probabilities and outcomes (0 or 1)."""
     return sum((probability - parted) ** 2 for probability, parted in told) / len(told)
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Return the mean distance of predicted and observed shares, weighted by the answers in each bin."""
+    """Return the mean distance between predicted and observed shares, weighted by the answers in each bin."""
     total = sum(one.observed.of for one in bins)
     return sum(one.observed.of * abs(one.predicted - (one.observed.value or 0.0)) for one in bins) / total

@@ -1,6 +1,6 @@
-"""The whole cache looked over: how its answers are judged, how near to a flip they stand, and what a policy would do.
+"""The report on the whole cache: its answers' verdicts and margins, and the verdicts under other policies.
 
-Nothing is computed anew and nothing is written; neither torch nor transformers is imported.
+Nothing is recomputed and nothing is written; neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ EDGES = tuple(10.0 ** (third / 3) for third in range(-18, 7))
 """Bounds of the bins of margins: three a decade, from a millionth to a hundred."""
 NO_APP = "(no app)"
 Kept = Literal["passed", "failed", "none", "no promise"]
-"""What is known of a policy's promise: its self-checks under the numerics, or that it makes none."""
+"""What is known of a policy's promise: the result of its self-checks under the numerics, or that it makes none."""
 
 
 class Margins(Frozen):
-    """How many margins lie between each two of ``EDGES``, ``below`` the first, and ``beyond`` the last."""
+    """How many margins lie between each two neighbours of ``EDGES``, ``below`` the first, and ``beyond`` the last."""
 
     below: int
     counts: list[int]
@@ -43,18 +43,18 @@ class Margins(Frozen):
 
     @classmethod
     def of(cls, places: Counter[int]) -> Margins:
-        """Return the distribution of margins by the place of each among ``EDGES``; an infinite one lies beyond."""
+        """Return the distribution of margins by the place of each among ``EDGES``; infinite ones lie beyond."""
         counts = [places[place] for place in range(1, len(EDGES))]
         return cls(below=places[0], counts=counts, beyond=places[len(EDGES)])
 
     @property
     def total(self) -> int:
-        """Return how many there are."""
+        """Return how many margins there are."""
         return self.below + sum(self.counts) + self.beyond
 
 
 class Flag(Frozen):
-    """One flagged hit of an answer: for whom, what it was judged or proven, under which numerics, and when."""
+    """One flagged hit of an answer: its app, its verdict, the numerics it was judged under, and when."""
 
     app: str | None
     status: Status
@@ -68,8 +68,8 @@ class Answer(Frozen):
     """One cached answer as the table of a report shows it.
 
     ``apps``: the app that computed it and those it was flagged for. ``mine``: whether the client's model and tokenizer
-    made it. ``verdict``: the guard's under the client's numerics, or what a run under them has proven since.
-    ``step``: its most fragile one, or of smallest margin where no risk is told, with the texts of its two tokens.
+    made it. ``verdict``: the guard's under the client's numerics, or that of a later run under them. ``step``: the most
+    fragile one, or that of smallest margin where no probability is known, with the texts of its two tokens.
     """
 
     key: str
@@ -94,11 +94,11 @@ class Answer(Frozen):
 
 
 class WhatIf(Frozen):
-    """What the cache's answers would be, were misses run under another policy on the same device in the same dtype.
+    """How the cache's answers would be judged if misses ran under another policy, on the same device and dtype.
 
-    ``expected``: how many would diverge, the sum of their probabilities. ``unchecked``: answers of these very numerics
-    which would be ``exact`` once a self-check has passed, and are judged by their margins until then. ``prior`` and
-    ``calibrated``: how many verdicts rest on either. ``problem``: why this model cannot run so.
+    ``expected``: how many would diverge, the sum of their probabilities. ``unchecked``: answers of the same numerics,
+    which will be ``exact`` once a self-check has passed and are judged by their margins until then. ``prior`` and
+    ``calibrated``: how many verdicts rest on either. ``problem``: why this model cannot run under the policy.
     """
 
     policy: str
@@ -114,13 +114,13 @@ class WhatIf(Frozen):
 
 
 class CacheReport(Frozen):
-    """What a cache holds, as a client sees it.
+    """What a cache holds, as judged by a client.
 
-    ``records`` could be read, ``corrupt`` could not; ``others`` are of another model or tokenizer, and left out of
-    ``what_if``. ``by_app``, ``by_model``, ``by_numerics``: name -> verdict -> answers; an answer of several apps counts
-    for each. ``expected``: divergences, were all recomputed now. ``smallest``: each answer's smallest margin; ``all``:
-    that of every step. ``answers``: the most fragile first. ``audit``: the newest kept, of this model and numerics
-    where there is one.
+    ``records``: entries that could be read; ``corrupt``: those that could not; ``others``: records of another model or
+    tokenizer, which ``what_if`` leaves out. ``by_app``, ``by_model``, ``by_numerics``: name -> verdict -> answers; an
+    answer of several apps counts for each. ``expected``: divergences, if all were recomputed now. ``smallest``: each
+    answer's smallest margin; ``all``: the margins of all steps. ``answers``: the most fragile first. ``audit``: the
+    newest stored one, of this model and numerics if there is any.
     """
 
     path: str
@@ -147,7 +147,7 @@ class CacheReport(Frozen):
 
 @dataclass(slots=True)
 class _Tally:
-    """What a policy would do, counted as the records go by."""
+    """The counts for one policy, updated with each record."""
 
     what_if: WhatIf
     verdicts: Counter[Status] = field(default_factory=Counter)
@@ -191,7 +191,7 @@ def survey(client: Client, *, progress: Progress | None = None, clock: Callable[
     for hit in cache.flagged():
         flagged.setdefault(hit.key, []).append(hit)
     judge = client.session.parts.judge
-    tallies = [_Tally(one) for one in _foreseen(client)]
+    tallies = [_Tally(one) for one in _what_if(client)]
     keys = cache.keys()
     records = corrupt = others = 0
     answers: list[tuple[Answer, str, str]] = []
@@ -245,13 +245,13 @@ def survey(client: Client, *, progress: Progress | None = None, clock: Callable[
 
 
 def fragility(answer: Answer) -> tuple[int, float, float]:
-    """Return what sorts answers from the most fragile to the safest: verdict, then probability, then margin."""
+    """Return the sort key from the most fragile to the safest answer: verdict, then probability, then margin."""
     rank = ("diverged", "at_risk", "unknown", "stable", "exact").index(answer.verdict.status)
     return rank, -(answer.verdict.probability or 0.0), inf if answer.margin is None else answer.margin
 
 
 def proven(record: Record, flagged: Iterable[FlaggedHit], current: Numerics) -> Verdict | None:
-    """Return what the newest run under ``current`` has proven of this very answer; None where none was kept."""
+    """Return the verdict of the newest run under ``current`` that verified this answer; None where there is none."""
     proofs = [
         hit
         for hit in flagged
@@ -263,7 +263,7 @@ def proven(record: Record, flagged: Iterable[FlaggedHit], current: Numerics) -> 
     return max(proofs, key=lambda hit: hit.seen).verdict if proofs else None
 
 
-def _foreseen(client: Client) -> list[WhatIf]:
+def _what_if(client: Client) -> list[WhatIf]:
     """Return the client's policy and one of each kind, with the numerics under which each would run here."""
     own, typical = client.policy, typical_policies()
     found = []
@@ -338,7 +338,7 @@ def _text(client: Client, token: int | None, *, own: bool) -> str | None:
 
 
 def _named(answers: list[tuple[Answer, str, str]]) -> list[Answer]:
-    """Return answers with models told apart that have one name and are not the same."""
+    """Return answers, with part of the identity added to names that several different models share."""
     identities: dict[str, set[str]] = {}
     for answer, identity, _ in answers:
         identities.setdefault(answer.model, set()).add(identity)
@@ -365,7 +365,7 @@ def _grouped(answers: list[Answer], names: Callable[[Answer], tuple[str, ...]]) 
 
 
 def _audit(client: Client) -> AuditReport | None:
-    """Return the newest audit of the client's model and numerics, or of any; None where none was kept."""
+    """Return the newest audit of the client's model and numerics, or else of any; None where there is none."""
     kept = client.cache.audits()
     fitting = [
         one for one in kept if one.numerics.digest == client.numerics.digest and one.model == client.identity.name

@@ -12,12 +12,12 @@ from stablegen.core.record import Record
 from stablegen.core.request import Request
 
 _COMPARED = 50
-"""How many candidates, nearest by the cheap measure, are compared letter by letter."""
+"""How many candidates, nearest by the cheap measure, are compared character by character."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The nearest stored record, and the key parts that differ: name -> (asked, stored)."""
+    """The nearest stored record, and the parts of the key that differ: name -> (requested, stored)."""
 
     nearest: Record
     differences: dict[str, tuple[Any, Any]]

@@ -1,4 +1,4 @@
-"""One call on its way: look up, judge, compute what is missing, record, and hand over in the order asked."""
+"""One call: look up, judge, compute what is missing, record, and return the results in the order requested."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from stablegen.session.parts import Parts, State
 Progress = Callable[[int, int], None]
 """Called with how many distinct requests of a call are done, and how many there are."""
 KEEP_EVERY = 5.0
-"""Seconds after which the next row to finish has its batch's finished rows written, though others of it go on."""
-ONE_PASS = "computed in one pass over the cached answer, anew from the first step that differs"
+"""Seconds after which a batch's finished rows are written, at the next row to finish, while others still run."""
+ONE_PASS = "computed in one pass over the cached answer, and generated from the first step that differs"
 
 log = logging.getLogger("stablegen")
 
 
 class Call:
-    """What lives for one call.
+    """The state of one call.
 
-    ``pending``: the requests still to be computed, by key; ``hits``: what the cache holds for those of them that it
-    holds something for; ``results``: what is done. ``proves``: whether hits may be verified in one pass over them.
-    ``keeps``: whether results are cached. ``listen`` hears what is generated.
+    ``pending``: the requests still to be computed, by key; ``hits``: the cached records of those that have one;
+    ``results``: the completions so far. ``proves``: whether hits may be verified in one pass over them. ``keeps``:
+    whether results are cached. ``listen`` is called with the tokens that are generated.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Call:
     # -- what the cache holds --------------------------------------------------------------------------------------
 
     def look_up(self, asked: Sequence[tuple[str, Request]]) -> None:
-        """Take what the cache holds and may be served; the rest is pending."""
+        """Add the cached answers that may be served to the results; the rest is pending."""
         on_risk = self.parts.on_risk
         for key, request in asked:
             if key in self.results or key in self.pending:
@@ -93,20 +93,20 @@ class Call:
         self._write_flags()
 
     def look_up_anew(self, asked: Sequence[tuple[str, Request]], state: State) -> None:
-        """Look everything up again: numerics turned out to be others than those by which hits were judged."""
+        """Look everything up again, because the engine's numerics differ from those that hits were judged under."""
         self.state, self.failure = state, None
         self.pending, self.hits, self.results = {}, {}, {}
         self.look_up(asked)
 
     def look_up_pending(self) -> None:
-        """Look up again what is pending: another call may have computed it since."""
+        """Look up the pending requests again: another call may have computed them since."""
         asked = list(self.pending.items())
         self.pending, self.hits = {}, {}
         self.look_up(asked)
 
     def _risk(self, record: Record, verdict: Verdict) -> DivergenceRiskError:
         return DivergenceRiskError(
-            f"the cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}",
+            f"the cached answer to {_shown(record)} is {verdict.status}: {self._describe(verdict)}",
             key=record.key,
             verdict=verdict,
             hint="Recompute it with on_risk='recompute', or accept it with on_risk='serve'",
@@ -115,12 +115,12 @@ class Call:
     # -- what is computed ------------------------------------------------------------------------------------------
 
     def compute(self, planner: Planner) -> None:
-        """Compute what is pending, in the batches that the policy plans."""
+        """Compute the pending requests, in the batches that the policy plans."""
         self._total = len(self.results) + len(self.pending)
         for requests, check in planner.groups(list(self.pending.values())):
             missing = requests
             if self.proves and check.passed and planner.engine.limits.prefill_equals_decode:
-                # one pass over an answer says what a fresh run gives; a continuation is one pass as it is
+                # one pass over an answer shows what a fresh run gives; scoring a continuation is one pass anyway
                 proves = [request.key in self.hits and not request.continuation for request in requests]
                 answers = {request: self.hits[request.key].token_ids for request in compress(requests, proves)}
                 from stablegen.engine.stopping import stopper_for  # loads torch
@@ -132,7 +132,7 @@ class Call:
                 self._collect(planner.engine.generate(batch, None, self._listen))
 
     def keep_check(self, check: SelfCheck) -> None:
-        """Take a self-check made for this call; warn where a promise fails."""
+        """Keep a self-check made for this call; warn where it failed."""
         identity, policy = self.state.intake.identity, self.parts.policy
         self.parts.judge.learn(identity, check)
         if not policy.promises:
@@ -149,7 +149,7 @@ class Call:
             )
 
     def _collect(self, finishing: Generator[Generated, None, None], *, how: str = "recomputed") -> None:
-        """Record requests as they finish; where some fail, or all is interrupted, keep what is finished."""
+        """Record requests as they finish; where some fail, or the call is interrupted, keep the finished ones."""
         fresh: list[Record] = []
         kept = time.monotonic()
         try:
@@ -163,7 +163,7 @@ class Call:
         except (EngineError, DeviceError) as error:
             self.fail(error)
         finally:
-            finishing.close()  # an error that is kept keeps it alive
+            finishing.close()  # the traceback of a kept error would keep it alive
             self._keep(fresh, how)
 
     def _record(self, generated: Generated) -> Record:
@@ -188,13 +188,13 @@ class Call:
         for record in fresh:
             old = self.hits.get(record.key)
             if old is None:
-                verdict, stands = judge.judge(record, self.state.numerics), False
+                verdict, confirmed = judge.judge(record, self.state.numerics), False
             else:
                 verdict = judge.compare(old, record, how=how)
                 if verdict.flagged or judge.judge(old, self.state.numerics).flagged:
                     self._flagged.append(self._hit(old, verdict))
-                stands = self.parts.on_risk == "verify" and not verdict.flagged
-            self.results[record.key] = Completion(record, cached=stands, verdict=verdict)
+                confirmed = self.parts.on_risk == "verify" and not verdict.flagged
+            self.results[record.key] = Completion(record, cached=confirmed, verdict=verdict)
         self._write_flags()
         try:
             if fresh and self.keeps:
@@ -206,17 +206,17 @@ class Call:
     # -- failures and flags ----------------------------------------------------------------------------------------
 
     def fail(self, error: StablegenError) -> None:
-        """Remember the first failure; it is raised when all else is done."""
+        """Remember the first failure; it is raised once everything else is done."""
         self.failure = self.failure or error
 
     def check(self) -> None:
-        """Raise the first failure, if any; it carries what is done."""
+        """Raise the first failure, if any, with the completions so far."""
         if self.failure is not None:
             self.failure.completions = tuple(self.results.values())
             raise self.failure
 
     def _flag(self, record: Record, verdict: Verdict) -> None:
-        text = f"cached answer of {_shown(record)} is {verdict.status}: {self._describe(verdict)}"
+        text = f"the cached answer to {_shown(record)} is {verdict.status}: {self._describe(verdict)}"
         log.info("%s (key %s)", text, record.key)
         seen = record.key, self.state.numerics.digest
         if seen not in self.parts.flagged:
@@ -226,7 +226,7 @@ class Call:
             warn(text, MarginWarning)
 
     def _hit(self, record: Record, verdict: Verdict) -> FlaggedHit:
-        """Return a flagged hit as the cache keeps it, with the two tokens as text."""
+        """Return a flagged hit as the cache stores it, with the two tokens as text."""
         tokenizer, current = self.parts.source.tokenizer, numerics_for(record.request, self.state.numerics)
         return FlaggedHit(
             key=record.key,
@@ -263,7 +263,7 @@ class Call:
 
 
 def results_in_order(call: Call, asked: Sequence[tuple[str, Request]]) -> list[Completion]:
-    """Return a call's completions in the order asked; raise its failure, if any."""
+    """Return a call's completions in the order requested; raise its failure, if any."""
     call.check()
     results: Mapping[str, Completion] = call.results
     return [results[key] for key, _ in asked]

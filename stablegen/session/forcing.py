@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 CALIBRATION_SIZES = (2, 8, 32)
-"""Batch sizes whose noise is measured where a policy promises nothing of it."""
+"""Batch sizes whose noise is measured under a policy that promises nothing."""
 
 log = logging.getLogger("stablegen")
 
@@ -38,9 +38,9 @@ def teacher_force(
     sizes: Sequence[int],
     observe: Observer | None = None,
 ) -> Generator[tuple[Record, Trace], None, None]:
-    """Yield records, each with what the engine would choose at each step of its answer.
+    """Teacher-force the answers of records; yield each record with the trace of the engine's own choices.
 
-    ``sizes``: of the batches, where the policy promises nothing of any. ``observe`` sees the score row of each step.
+    ``sizes``: of the batches, under a policy that promises nothing. ``observe`` is called with each step's score row.
     """
     policy = session.parts.policy
     by_key = {record.key: record for record in records}
@@ -51,10 +51,10 @@ def teacher_force(
     else:
         batches = [batch for size in sizes for batch in _full_batches(requests, size)]
     for batch, seen_before in batches:
-        company = {request.key for slot, request in batch.requests if slot < seen_before}
+        repeated = {request.key for slot, request in batch.requests if slot < seen_before}
         with closing(engine.follow(batch, answers, observe)) as followed:
             for generated in followed:
-                if generated.request.key not in company:
+                if generated.request.key not in repeated:
                     yield by_key[generated.request.key], generated.trace
 
 
@@ -65,7 +65,7 @@ def calibrate(
     sizes: Sequence[int] = CALIBRATION_SIZES,
     progress: Progress | None = None,
 ) -> list[Calibration]:
-    """Return how far margins move from the numerics of answers to the session's, for each that has steps enough."""
+    """Return calibrations from the numerics of answers to the session's, one for each numerics with enough steps."""
     state = session.refresh()
     groups: dict[str, dict[str, Record]] = {}
     for record in map(session.record_of, answers):
@@ -74,7 +74,7 @@ def calibrate(
             groups.setdefault(record.numerics.digest, {})[record.key] = record
     rounds = 1 if session.parts.policy.promises else len(sizes)
     total, done = rounds * sum(map(len, groups.values())), 0
-    failure = CalibrationError("no answer with a trace to calibrate by", hint="Generate some first")
+    failure = CalibrationError("no answer with a trace to calibrate from", hint="Generate some first")
     if not groups:
         raise failure
     found = []
@@ -93,7 +93,7 @@ def calibrate(
                 made = fit(now.intake.identity, recorded, current, pairs, prompts=len(group))
             except CalibrationError as error:
                 failure = error
-                log.info("answers of %s do not calibrate: %s", recorded.summary(), error)
+                log.info("no calibration from answers of %s: %s", recorded.summary(), error)
                 continue
             session.cache.put_calibration(made)
             session.parts.judge.learn_calibration(made)
@@ -106,7 +106,7 @@ def calibrate(
 def calibrate_from(
     session: Session, source: Session, prompts: Sequence[str], max_new_tokens: int, progress: Progress | None = None
 ) -> list[Calibration]:
-    """Let ``source``, another session of the same model, answer prompts, and calibrate by its answers."""
+    """Let ``source``, another session of the same model, answer prompts, and calibrate from its answers."""
     total = 2 * len(prompts)
 
     def report(count: int) -> None:
@@ -118,18 +118,18 @@ def calibrate_from(
         answers = source.complete(prompts, arguments, lambda count, _: report(count))
     else:
         answers = []
-        for prompt in prompts:  # one after the other: what company does is for the other session to show
+        for prompt in prompts:  # one after the other: the effect of batches is for the other session to measure
             answers += source.complete(prompt, arguments, None)
             report(len(answers))
     return calibrate(session, answers, progress=lambda count, of: report(len(prompts) * (of + count) // of))
 
 
 def score_rows(session: Session, completions: Iterable[Completion]) -> dict[str, list[torch.Tensor]]:
-    """Return each answer's full score rows by its key: for each step the model's own [V] float32, on the device."""
+    """Return each answer's full score rows by its key: for each step the model's [V] float32, on the device."""
     state = session.refresh()
     records = list({one.key: one.record for one in completions}.values())
     if any(record.request.continuation for record in records):
-        raise InvalidRequestError("score rows of a scored continuation", accepted="those of generated answers")
+        raise InvalidRequestError("score_rows() was given a scored continuation", accepted="generated answers")
     rows: dict[Request, list[torch.Tensor]] = {}
     sizes = () if session.parts.policy.promises else (len(records),)
 
@@ -146,9 +146,10 @@ def score_rows(session: Session, completions: Iterable[Completion]) -> dict[str,
 
 
 def _full_batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Batch, int]]:
-    """Yield batches of a size, each with how many of its first rows were in the batch before.
+    """Yield batches of ``size`` rows, each with how many of its first rows were in the batch before.
 
-    What is left over at the end is a batch of that size too, for noise depends on it; fewer only where there are fewer.
+    The last batch repeats earlier rows to reach the size, because noise depends on it; it is smaller only where there
+    are fewer requests in all.
     """
     for start in range(0, len(requests), size):
         first = max(0, min(start, len(requests) - size))

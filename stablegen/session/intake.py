@@ -1,4 +1,4 @@
-"""What the caller gives becomes requests, or is refused by name."""
+"""Turn the caller's input into requests, or refuse it with a named error."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from stablegen.errors import InvalidRequestError, ParameterError, PromptError, U
 from stablegen.sources.base import Source
 
 KNOWN_PROMPTS = 16384
-"""Requests that are remembered by their prompt and parameters."""
+"""The most requests that are kept in memory, by prompt and parameters."""
 KNOWN_OBJECTS = 256
-"""The caller's own processors, and criteria, that are remembered by their cache keys."""
+"""The most logits processors, and stopping criteria, of the caller's own that are kept, by cache key."""
 NO_SEED = (
-    "a sampled request has no seed: its answer is drawn anew every time and not cached. Give a seed, and it is a "
-    "function of the request"
+    "a sampled request has no seed: its answer is drawn anew every time and is not cached. Give a seed to make it "
+    "repeatable and cached"
 )
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class CallersOwn:
-    """The caller's own processors and criteria by their cache keys, and what the caller was warned of.
+    """The caller's own processors and criteria by their cache keys, and the warnings already given.
 
-    A stored request knows the keys alone. Only those used last are remembered.
+    A stored request holds only the keys. The most recently used objects are kept.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class CallersOwn:
 
 
 class Intake:
-    """Makes requests for one model as it is now; a model that changes gets an intake of its own."""
+    """Makes requests for one state of a model; a changed model gets a new intake."""
 
     def __init__(self, source: Source, identity: ModelIdentity, own: CallersOwn) -> None:
         self.identity = identity
@@ -84,7 +84,7 @@ class Intake:
         return asked, all(seeded for _, seeded in drawn)
 
     def params(self, arguments: Mapping[str, Any]) -> GenerationParams:
-        """Return the parameters that a caller's arguments mean for this model."""
+        """Return the parameters from a caller's arguments, with this model's end tokens."""
         budget, ends = arguments.get("max_new_tokens"), self._source.eos_token_ids
         if len(arguments) != 1 or type(budget) is not int:
             made = GenerationParams.from_arguments(arguments, eos_token_ids=ends)
@@ -105,7 +105,7 @@ class Intake:
         return params.model_copy(update={"seed": secrets.randbits(63)}), False
 
     def pairs(self, prompts: Any, continuations: Any) -> list[Request]:
-        """Return the requests to score continuations, two lists of equal length."""
+        """Return the requests to score continuations after their prompts, two lists of equal length."""
         if not all(isinstance(given, Sequence) and not isinstance(given, str) for given in (prompts, continuations)):
             raise PromptError(
                 f"score() was given {type(prompts).__name__} and {type(continuations).__name__}",
@@ -122,7 +122,7 @@ class Intake:
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str) != isinstance(continuation, str):
             raise PromptError(
-                f"a prompt is {type(prompt).__name__} and its continuation {type(continuation).__name__}",
+                f"a prompt is of type {type(prompt).__name__}, its continuation of type {type(continuation).__name__}",
                 accepted="two strings, or two lists of token ids",
             )
         if isinstance(prompt, str):
@@ -142,7 +142,7 @@ class Intake:
         logits_processors: Mapping[str, Any] = _NOTHING,
         stopping_criteria: Mapping[str, Callable[[int], Any]] = _NOTHING,
     ) -> Request:
-        """Return the request for prompt token ids and a caller's arguments, with objects of the caller's own."""
+        """Return the request for prompt token ids and arguments, with the caller's own objects by their cache keys."""
         for key, processor in logits_processors.items():
             self._own.processors[key] = processor
         for key, criterion in stopping_criteria.items():
@@ -164,7 +164,7 @@ class Intake:
         check_seeded(request.params)
         if request.model.identity != self.identity.identity or request.tokenizer != self._tokenizer.digest:
             raise InvalidRequestError(
-                f"a request was made for {request.model.name!r}, not for {self.identity.name!r} as it is now",
+                f"a request was made for {request.model.name!r}, not for {self.identity.name!r} in its present state",
                 accepted="requests made by this client's request() or make_request()",
             )
         return request if request.complete else self._completed(request)
@@ -177,9 +177,9 @@ class Intake:
         unknown = [key for key, own in zip(named, [*processors, *criteria], strict=True) if own is None]
         if unknown:
             raise InvalidRequestError(
-                f"a request was made with logits processors or stopping criteria of the caller's own, by their cache "
-                f"keys {', '.join(unknown)}, which this client does not know (it remembers the last {KNOWN_OBJECTS})",
-                hint="Generate with them once, then it knows them",
+                f"a request needs the caller's own logits processors or stopping criteria with the cache keys "
+                f"{', '.join(unknown)}, and this client does not have them (it keeps the last {KNOWN_OBJECTS})",
+                hint="Pass them to generate() or make_request() of this client once",
             )
         return replace(
             request,
@@ -210,4 +210,4 @@ def check_seeded(params: GenerationParams) -> GenerationParams:
 def check_seeds(seeds: Sequence[Any], rows: int) -> None:
     """Raise ``ParameterError`` where there are not as many seeds as rows."""
     if isinstance(seeds, str) or len(seeds) != rows:
-        raise ParameterError(f"seed={seeds!r:.60} for {rows} rows", accepted="one seed, or one for each row")
+        raise ParameterError(f"seed={seeds!r:.60} was given for {rows} rows", accepted="one seed, or one for each row")

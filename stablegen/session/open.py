@@ -1,4 +1,4 @@
-"""A session from a model and settings: the one way in which a client is made."""
+"""Open a session from a model and settings: the one way in which a client is made."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from stablegen.store.cache import Cache, cache_path, open_cache
 def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store | None = None) -> Session:
     """Return a session around ``model``, a source or a live model.
 
-    ``store``: in place of the folder that the settings name; the session closes it. Where the settings name no policy,
-    it is the most preferred one under which the model can run.
+    ``store`` replaces the cache folder that the settings name; the session closes it. Where the settings name no
+    policy, the most preferred one under which the model can run is used.
     """
     settings = effective.settings
     cache = open_cache(settings.cache_dir, settings.size_limit) if store is None else Cache(store)
@@ -41,17 +41,17 @@ def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store 
 
 
 def open_source(model: Any, tokenizer: Any, effective: Effective) -> Source:
-    """Return the source that ``model`` is, or that stands around a live model."""
+    """Return ``model`` itself if it is a source, or a source around a live model."""
     if isinstance(model, Source):
         if tokenizer is not None:
-            raise ConfigError("a tokenizer beside a source, which has its own", accepted="Client(source)")
+            raise ConfigError("a tokenizer was given beside a source, which has its own", accepted="Client(source)")
         return model
     for name in ("dtype", "device"):
         if effective.origins[name] == "argument":
             raise ConfigError(
-                f"{name}={getattr(effective.settings, name)!r} for a model that is loaded already",
+                f"{name}={getattr(effective.settings, name)!r} was given for a model that is already loaded",
                 accepted="the model's own dtype and device",
-                hint="Convert or move the model itself, with model.to(...)",
+                hint=f"Leave {name} out, and convert or move the model itself with model.to(...)",
             )
     from stablegen.sources.live import LiveSource
 

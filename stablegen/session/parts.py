@@ -1,4 +1,4 @@
-"""What every call of a client shares, and what a client knows of its model at one moment."""
+"""The parts that all calls of a client share, and a snapshot of its model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stablegen.sources.base import Source
 from stablegen.store.cache import Cache
 
 KNOWN_FLAGS = 65536
-"""Flagged hits that are remembered, so that each is written once."""
+"""The most flagged hits that are kept in memory, so that each is written once."""
 
 
 class State(NamedTuple):
-    """A model as it was seen at one moment.
+    """A snapshot of a model.
 
-    ``planned``: the numerics that were planned; ``numerics``: those that its engine was found to have, where it runs.
+    ``planned``: the planned numerics; ``numerics``: those of the engine, once it was started, else the planned ones.
     """
 
     intake: Intake
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The working parts of a client; ``flagged``: hits that are in the cache's list already."""
+    """The working parts of a client; ``flagged``: hits that are already in the cache's list."""
 
     source: Source
     cache: Cache

@@ -36,7 +36,7 @@ class Runner:
 
     @contextmanager
     def engine(self, identity: ModelIdentity, planned: Numerics) -> Iterator[Engine]:
-        """Lend the engine for a model and the numerics planned for it, started if need be.
+        """Lend the engine for a model and the numerics planned for it, started where needed.
 
         Raises ``ClientClosedError`` after ``close``, ``ModelError`` where the model was changed while this thread
         waited, and what ``Source.start`` raises.
@@ -51,7 +51,8 @@ class Runner:
             is_other = known is None or known[0] is not identity or known[1] is not planned
             if (waited or is_other) and self._source.identity.identity != identity.identity:
                 raise ModelError(
-                    "another thread changed the model while this call waited for it", hint="Call again for its answers"
+                    "another thread changed the model while this call waited for it",
+                    hint="Call again: the answers then come from the changed model",
                 )
             if is_other:
                 if self._users:
@@ -72,7 +73,7 @@ class Runner:
                     self._release()
 
     def close(self) -> None:
-        """Release the engine, once the thread that uses it is done; a closed runner lends none again."""
+        """Release the engine, once the thread that uses it is done; a closed runner starts no other."""
         self._closed = True
         with self._lock:
             if not self._users:  # a callback of the thread that generates may close, too
@@ -89,5 +90,5 @@ class Runner:
 
 
 def closed_error() -> ClientClosedError:
-    """Return what a closed client raises."""
+    """Return the error that a closed client raises."""
     return ClientClosedError("this client was closed", hint="Make a new one, or use it inside its with block")

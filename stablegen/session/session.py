@@ -1,4 +1,4 @@
-"""A client's session: it notices what changed, makes requests, and walks each call through cache, guard and engine."""
+"""A client's session: it detects changes of the model, makes requests, and takes each call through all stages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Session:
     """The working parts of one client around a source and a cache; threads may share it.
 
     ``policy``, ``dtype`` and ``device`` are what misses run under, ``on_risk`` and ``accepted_risk`` what happens to
-    flagged hits and which hits are flagged, ``app`` the name under which answers and flags are noted. The session owns
+    flagged hits and which hits are flagged, ``app`` the name under which answers and flags are stored. The session owns
     source and cache: ``close`` closes both. Raises ``PolicyError`` where the source cannot run under the policy.
     """
 
@@ -82,18 +82,18 @@ class Session:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Return which model the session answers for, as it was last seen."""
+        """Return the identity of the model, as of the last call."""
         return self._state.intake.identity
 
     @property
     def numerics(self) -> Numerics:
-        """Return the numerics under which misses run, as far as they are known."""
+        """Return the numerics under which misses run; once the engine is loaded, its own."""
         return self._state.numerics
 
     # -- what the model is now -------------------------------------------------------------------------------------
 
     def refresh(self) -> State:
-        """Return what is known of the model now; a model that was changed has other keys, or numerics.
+        """Return the model's present state; a changed model has other keys, or other numerics.
 
         Raises ``ClientClosedError`` after ``close``.
         """
@@ -118,15 +118,17 @@ class Session:
         return numerics_for(request, self.numerics)
 
     def plan(self, policy: ExecutionPolicy) -> Numerics:
-        """Return the numerics of another policy on this device in this dtype; raise ``PolicyError`` if it has none."""
+        """Return the numerics of another policy on this device and dtype; raise ``PolicyError`` if it cannot run."""
         return self.source.plan(policy, self.numerics.dtype, self.device)
 
     @contextmanager
     def engine(self, state: State) -> Iterator[tuple[Engine, State]]:
-        """Lend the engine for a state, and the state with the numerics that the engine was found to have."""
+        """Lend the engine for a state, with the state updated to the engine's numerics."""
         with self.parts.runner.engine(state.intake.identity, state.planned) as engine:
             if engine.numerics != state.numerics:
-                log.warning("numerics are not as planned: %s", state.numerics.differences(engine.numerics))
+                log.warning(
+                    "the engine has other numerics than planned: %s", state.numerics.differences(engine.numerics)
+                )
                 state = state._replace(numerics=engine.numerics)
                 with self._changing:
                     if self._state.planned is state.planned:
@@ -134,7 +136,7 @@ class Session:
             yield engine, state
 
     def planner(self, engine: Engine, call: Call) -> Planner:
-        """Return what plans batches for the engine; what it must measure first is noted by the call."""
+        """Return the planner of the engine's batches; the call keeps the self-checks that it makes."""
         identity = call.state.intake.identity
         return Planner(
             engine,
@@ -157,8 +159,8 @@ class Session:
     ) -> list[Completion]:
         """Return the completions of requests, each given with its key, in their order.
 
-        ``cached=False``: nothing is read from the cache nor kept. What others have computed while this call waited for
-        the engine is taken from the cache.
+        ``cached=False``: the cache is neither read nor written. What other calls have computed while this one waited
+        for the engine is taken from the cache.
         """
         call = Call(
             self.parts,
@@ -207,7 +209,7 @@ class Session:
         return [Score(one.record, one.cached, one.verdict) for one in found]
 
     def request(self, prompt: str, arguments: Mapping[str, Any]) -> Request:
-        """Return the request that ``complete`` would make of a prompt."""
+        """Return the request that ``complete`` would make for a prompt."""
         intake = self.refresh().intake
         return intake.ask(prompt, check_seeded(intake.params(arguments)))[1]
 
@@ -256,8 +258,8 @@ class Session:
         found = self.cache.keys(start)
         if len(found) != 1:
             raise RecordNotFoundError(
-                f"{len(found) or 'no'} record(s) under keys that begin with {start!r} in {self.cache.where}",
-                accepted="a completion's key, or enough of its first digits",
+                f"{len(found) or 'no'} record(s) in {self.cache.where} have a key that begins with {start!r}",
+                accepted="a completion's key, or enough of its first digits to identify it",
                 hint="`stablegen cache export` lists all of them",
             )
         return found[0]
@@ -274,12 +276,12 @@ class Session:
         return self.parts.judge.judge(record, self.numerics)
 
     def calibration(self, record: Record) -> Calibration | None:
-        """Return what was measured of the noise between a record's numerics and the session's, with its model."""
+        """Return the calibration from a record's numerics to the session's for its model; None where there is none."""
         self.check_open()
         return self.parts.judge.calibration(record, self.numerics_for(record.request))
 
     def answers_for(self, record: Record) -> bool:
-        """Return whether a record's request is one that this session, with its model and tokenizer, could answer."""
+        """Return whether this session's model and tokenizer could answer a record's request."""
         try:
             self._state.intake.validate(record.request)
         except InvalidRequestError:
@@ -287,7 +289,7 @@ class Session:
         return True
 
     def self_check(self) -> SelfCheck:
-        """Load the engine and return what its policy keeps of its promise in its smallest shape, measured now."""
+        """Load the engine, and measure whether the policy keeps its promise in its smallest shape."""
         with self.engine(self.refresh()) as (engine, state):
             call = Call(self.parts, state)
             check = self.planner(engine, call).measure(self.parts.policy.shape(1, 1, engine.limits))

@@ -1,4 +1,4 @@
-"""Cached answers held against what a run gives today: in one pass, replayed up to their last fragile step, or anew."""
+"""Verify cached answers against a run made now: in one pass, replayed to their last fragile step, or in full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stablegen.session.session import Session
 class VerifyOptions(TypedDict, total=False):
     """How answers are verified.
 
-    ``repair``: the fresh answers take their place in the cache. ``from_scratch``: all are recomputed in full.
+    ``repair``: the fresh answers replace them in the cache. ``from_scratch``: all are recomputed in full.
     ``progress`` is called with how many are done, and how many there are.
     """
 
@@ -37,7 +37,7 @@ def verify(
     from_scratch: bool = False,
     progress: Progress | None = None,
 ) -> list[Verification]:
-    """Return what came of verifying answers, in their order; ``repair`` puts the fresh ones in their place."""
+    """Return the verifications of answers, in their order; with ``repair`` the fresh answers replace them."""
     state = session.refresh()
     records = [session.record_of(answer) for answer in answers]
     hits = {record.key: record for record in records}
@@ -69,7 +69,7 @@ def verify(
 
 
 def _replay(session: Session, planner: Planner, call: Call) -> dict[str, Verdict]:
-    """Return a verdict for each hit whose fragile steps, decoded again in their own shapes, gave its tokens."""
+    """Return a verdict for each hit whose steps up to the last fragile one, decoded again, gave the same tokens."""
     steps: dict[str, tuple[int, float]] = {}
     for key, hit in call.hits.items():
         current = numerics_for(hit.request, call.state.numerics)
@@ -87,7 +87,7 @@ def _replay(session: Session, planner: Planner, call: Call) -> dict[str, Verdict
     for requests, check in planner.groups(list(call.pending.values())):
         fragile = [request for request in requests if request.key in steps]
         for batch in planner.plan(fragile, check):
-            # shortened, each row keeps its slot and the shape of the whole
+            # each shortened row keeps the slot and the shape of its full request
             rows = tuple(None if row is None else row.limited_to(steps[row.key][0]) for row in batch.rows)
             for generated in planner.engine.generate(replace(batch, rows=rows)):
                 asked = batch.rows[generated.composition.slot]
@@ -98,6 +98,6 @@ def _replay(session: Session, planner: Planner, call: Call) -> dict[str, Verdict
                         status="stable",
                         probability=rest,
                         basis="verified",
-                        reason=f"replayed up to step {count - 1}: same tokens; no margin beyond is narrow enough",
+                        reason=f"replayed up to step {count - 1}: same tokens; later margins are too wide to flip",
                     )
     return settled

@@ -17,7 +17,7 @@ from stablegen.tokenizer import Tokenizer
 
 
 class Source(ABC):
-    """A model that a client answers for.
+    """A model that a client serves.
 
     ``identity`` goes into every key, so it must change whenever the model's answers may. Where it or a plan changes
     between two calls, the client starts a new engine. ``config`` is the model's configuration where it has one.
@@ -51,12 +51,12 @@ class Source(ABC):
         """Return the numerics of a policy here, known without loading the model; the same object while nothing changed.
 
         ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A source whose model is loaded already plans for the
-        dtype and the device it has. Raises ``PolicyError``, ``DeviceError`` or ``DtypeError`` where it cannot run so.
+        dtype and the device it has. Raises ``PolicyError``, ``DeviceError`` or ``DtypeError`` where it cannot run.
         """
 
     @abstractmethod
     def start(self, numerics: Numerics) -> Engine:
-        """Load the model and return its engine; the engine's numerics are what it really found."""
+        """Load the model and return its engine, whose ``numerics`` are those actually found."""
 
     def check(self, policy: ExecutionPolicy) -> None:
         """Raise ``PolicyError`` where this model cannot run under a policy."""
@@ -76,7 +76,7 @@ class Source(ABC):
         raise self._refusal()
 
     def passthrough(self, numerics: Numerics) -> Any:
-        """Return what runs a call of ``generate`` that stablegen does not answer: an object with ``generate``."""
+        """Return an object whose ``generate`` runs a call that stablegen passes through to transformers."""
         raise self._refusal()
 
     def close(self) -> None:  # noqa: B027 - most sources hold nothing
@@ -84,6 +84,6 @@ class Source(ABC):
 
     def _refusal(self) -> UnsupportedParameterError:
         return UnsupportedParameterError(
-            f"generate() with a source of type {type(self).__name__}, which has no transformers model",
-            accepted="complete(), score() and run()",
+            f"generate() needs a transformers model, and a source of type {type(self).__name__} has none",
+            accepted="complete(), score() and run() with this source",
         )

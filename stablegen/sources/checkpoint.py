@@ -60,7 +60,7 @@ def open_checkpoint(model: str | Path | None, revision: str | None, memory: Dige
     """
     if model is None or model == EMBEDDED:
         return _read(Path(__file__).parent.parent / "models" / EMBEDDED, None, EMBEDDED, memory)
-    text = str(model).encode("utf-8", "replace").decode()  # a file name need not be text; the record's JSON is
+    text = str(model).encode("utf-8", "replace").decode()  # the record's JSON must be valid Unicode
     path = Path(model).expanduser()
     if isinstance(model, Path) or path.is_dir() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         if not path.is_dir():
@@ -78,15 +78,15 @@ def _read(directory: Path, commit: str | None, name: str, memory: DigestMemory) 
     missing = [file for file in ("config.json", "tokenizer.json") if not (directory / file).is_file()]
     if missing or not weights:
         raise CheckpointError(
-            f"the model directory {directory} misses {', '.join(missing + ([] if weights else ['*.safetensors']))}",
+            f"the model directory {directory} lacks {', '.join(missing + ([] if weights else ['*.safetensors']))}",
             accepted="config.json, tokenizer.json and weights as *.safetensors",
             hint="Save the model with save_pretrained() and its fast tokenizer beside it",
         )
     config = read_json(directory / "config.json")
     if not is_count(config.get("vocab_size")) or "model_type" not in config:
         raise CheckpointError(
-            f"{directory / 'config.json'} is not a causal language model's",
-            accepted="a model_type, and a vocab_size of at least 1",
+            f"{directory / 'config.json'} does not describe a causal language model",
+            accepted="a configuration with a model_type, and a vocab_size of at least 1",
         )
     context_of(config)
     if commit is not None:
@@ -101,7 +101,7 @@ def _read(directory: Path, commit: str | None, name: str, memory: DigestMemory) 
 
 
 class CheckpointSource(Source):
-    """A checkpoint on disk, of which nothing is loaded until its engine starts.
+    """A checkpoint on disk; nothing of it is loaded until its engine starts.
 
     ``kv_cache_size``: the bytes that keys and values may take under batch-invariant engines (None: their default).
     """
@@ -141,7 +141,7 @@ class CheckpointSource(Source):
 
     @property
     def identity(self) -> ModelIdentity:
-        """Return which weights its files held when it was opened."""
+        """Return the identity of the weights at the time it was opened."""
         return self.checkpoint.identity
 
     @property
@@ -160,7 +160,7 @@ class CheckpointSource(Source):
         return self.checkpoint.eos_token_ids
 
     def plan(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
-        """Return the numerics of a policy and dtype on a device, planned once; torch is not imported for it."""
+        """Return the numerics of a policy and dtype on a device, planned once and without importing torch."""
         return self._plan(policy, dtype, device)
 
     def _plan_on(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
@@ -170,7 +170,7 @@ class CheckpointSource(Source):
         return numerics_on(found, policy, dtype, static_cache=allows_static_cache(self.config))
 
     def start(self, numerics: Numerics) -> Engine:
-        """Load the weights on the device last planned for; raise ``CheckpointError`` where its files have changed."""
+        """Load the weights on the device planned for last; raise ``CheckpointError`` where its files have changed."""
         from stablegen.engine.loading import make_engine_from_files
 
         engine = make_engine_from_files(

@@ -21,7 +21,9 @@ def weight_files(directory: Path) -> list[Path]:
         shards = sorted(set(weight_map.values()))
         absent = [shard for shard in shards if not (directory / shard).is_file()]
         if absent:
-            raise CheckpointError(f"the model directory {directory} misses {', '.join(absent)}")
+            raise CheckpointError(
+                f"the model directory {directory} lacks {', '.join(absent)}", hint="Save or download the model again"
+            )
         return [directory / shard for shard in shards]
     return []
 

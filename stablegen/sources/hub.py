@@ -38,12 +38,12 @@ def download(repo: str, revision: str | None) -> Path:
         raise HubError(
             f"the model {repo!r}{at} could not be downloaded from the hub: {reason}",
             hint=f"Check name, revision and network. Offline: download it elsewhere (`hf download {repo}`) and pass "
-            "its directory, or use the embedded model by naming none",
+            "its directory, or name no model to use the embedded model",
         ) from error
 
 
 def with_retries(action: Callable[[], Path]) -> Path:
-    """Run a download, up to four times where the network failed, with growing pauses."""
+    """Run a download, up to four times while the network fails, with growing pauses."""
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
     retrying = Retrying(

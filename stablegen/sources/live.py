@@ -34,8 +34,8 @@ class LiveSource(Source):
         if not (hasattr(model, "config") and hasattr(model, "generate") and hasattr(model, "state_dict")):
             raise ModelError(
                 f"a model of type {type(model).__name__} is not a transformers model",
-                accepted="a causal language model such as AutoModelForCausalLM gives",
-                hint="For a name or a directory use Client.from_pretrained",
+                accepted="a causal language model such as AutoModelForCausalLM returns",
+                hint="For a name or a directory, use Client.from_pretrained",
             )
         if model.config.is_encoder_decoder:
             raise ModelError(
@@ -55,8 +55,8 @@ class LiveSource(Source):
     def identity(self) -> ModelIdentity:
         """Return the digest of weights and configuration, taken again where a weight was changed in place.
 
-        A change is seen by torch's count of changes to each tensor, and, for what that misses (``.data``), by an
-        exact sum over its bits: a pass over the weights. Values that change places through ``.data`` are not seen.
+        A change is detected by torch's version counter of each tensor and, for changes through ``.data``, which it
+        misses, by an exact sum over the bits: a pass over the weights. Values swapped through ``.data`` go undetected.
         """
         config = dict(self.model.config.to_dict())
         state = self.model.state_dict(keep_vars=True)
@@ -116,7 +116,7 @@ class LiveSource(Source):
         return self.model
 
     def passthrough(self, numerics: Numerics) -> Any:
-        """Return the model's own ``generate``, whatever stands in its place."""
+        """Return an object with the ``generate`` of the model's class, even where the model's own was replaced."""
         return _Unwrapped(self.model)
 
 
@@ -139,7 +139,7 @@ def _digest(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str
     for name in sorted(state):
         tensor = state[name].detach().cpu()
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"the model's weights hold NaN or infinity: {name}", hint="Load it again")
+            raise ModelError(f"the model's weights hold NaN or infinity: {name}", hint="Load the model again")
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(_bits(tensor).numpy().data)
     return total.hexdigest()

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,35 @@ def test_memory_of_a_batch() -> None:
     print(said)
     assert taken <= 1.15 * planned, said
     assert held["kv_cache"] <= 1.01 * GIB, said
+
+
+def test_closing_gives_the_memory_back() -> None:
+    model, device = load_model(SMALL), torch.device("cuda")
+    numerics = numerics_on(find_device("cuda", "bfloat16"), load_policy("invariant"), "bfloat16")
+    sampled = {"do_sample": True, "seed": 1, "top_k": 50}
+    plain = make_request(make_ids(1, 40, VOCABULARY), 20)
+    asked = replace(plain, params=plain.params.model_copy(update=sampled))
+
+    def allocated() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+    def use() -> int:
+        own = GPT2(model.config.to_dict(), model.state_dict(), kernels_for(device), dtype=torch.bfloat16, device=device)
+        engine = InvariantEngine(own, numerics, kv_cache_size=GIB)
+        del own
+        for request in (plain, asked):
+            assert len(list(engine.generate(Batch((request,))))) == 1
+        held = torch.cuda.memory_allocated()
+        engine.close()
+        return held
+
+    use()  # what is kept for every engine of the process is there
+    before = allocated()
+    assert use() > before + GIB
+    assert allocated() <= before + 2**20
 
 
 # --- invariant: accuracy ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
@@ -253,6 +254,27 @@ def test_batches_follow_one_another() -> None:
             assert {one.composition.slot: one.trace for one in engine.generate(batch)} == traces
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
+
+
+def test_closing_gives_the_memory_back() -> None:
+    def allocated() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+    def use() -> int:
+        engine = engine_of("bfloat16", "padded:4")
+        run(engine, mixed_batch())
+        held = torch.cuda.memory_allocated()
+        engine.close()
+        return held
+
+    use()  # what is kept for every engine of the process is there
+    before = allocated()
+    assert use() > before
+    assert allocated() <= before + 2**20
 
 
 def test_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

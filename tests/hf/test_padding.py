@@ -139,9 +139,9 @@ def test_a_mask_of_booleans_or_floats(asking: Client) -> None:
 @pytest.mark.parametrize(
     ("mask", "told"),
     [
-        (torch.ones(2, 3), r"has shape \(2, 3\), the ids \(2, 4\).*equal shapes"),
-        (torch.ones(4), r"has shape \(4,\)"),
-        ([[1, 1, 1, 1]] * 2, "has list"),
+        (torch.ones(2, 3), r"is of shape \(2, 3\), the ids are of shape \(2, 4\).*equal shape"),
+        (torch.ones(4), r"is of shape \(4,\)"),
+        ([[1, 1, 1, 1]] * 2, "is a list"),
         (torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]), "row 1 .*has holes.*one run of ones.*Remove"),
         (torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), "row 0 .*is empty.*at least one token"),
     ],

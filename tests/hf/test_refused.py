@@ -52,11 +52,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "custom, a function": ({"custom_generate": lambda model, **_: None}, "custom_generate", "Leave it out"),
     "negative prompt": ({"negative_prompt_ids": IDS}, "negative_prompt_ids", "Leave it out"),
     "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged'", "Leave it out"),
-    "processor": ({"logits_processor": LogitsProcessorList([Favour(7)])}, "processor of its own, Favour", "cache_key"),
+    "processor": (
+        {"logits_processor": LogitsProcessorList([Favour(7)])},
+        "custom logits processor, Favour",
+        "cache_key",
+    ),
     "processor, a function": ({"logits_processor": [lambda ids, scores: scores]}, "function", "cache_key"),
     "criterion": (
         {"stopping_criteria": StoppingCriteriaList([EndsAt(7)])},
-        "criterion of its own, EndsAt",
+        "custom stopping criterion, EndsAt",
         "cache_key",
     ),
 }

@@ -286,7 +286,7 @@ def test_bfloat16_needs_ampere() -> None:
 @pytest.mark.parametrize(
     ("name", "cuda", "told"),
     [
-        ("cuda:4", True, r"'cuda:4' is not there: 4 .*'cuda:0', .*'cuda:3'.*CUDA_VISIBLE_DEVICES"),
+        ("cuda:4", True, r"'cuda:4' was not found: 4 .*'cuda:0', .*'cuda:3'.*CUDA_VISIBLE_DEVICES"),
         ("cuda:0", False, "without CUDA.*'cpu' or 'auto'.*Install"),
         ("tpu", True, "'tpu' is unknown.*'cuda:N'"),
         ("cuda:x", True, "'cuda:x' is unknown"),
@@ -306,7 +306,7 @@ def test_no_driver_means_no_gpu(nvml: Any) -> None:
 
     nvml.nvmlInit = fail
     assert visible_gpus() == []
-    with pytest.raises(DeviceError, match=r"'cuda' is not there: 0 .*'cpu' or 'auto'"):
+    with pytest.raises(DeviceError, match=r"'cuda' was not found: 0 .*'cpu' or 'auto'"):
         resolve("cuda")
     assert resolve("auto").name == "cpu"
 

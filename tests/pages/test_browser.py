@@ -144,7 +144,9 @@ def test_answers_are_sorted_by_a_click(
     for direction in (first, "ascending" if first == "descending" else "descending"):
         head.get_by_role("button").click()
         assert head.get_attribute("aria-sort") == direction
-        assert values() == sorted(values(), reverse=direction == "descending")
+        found = values()
+        assert len(found) > 5
+        assert found == sorted(found, reverse=direction == "descending")
     assert page.locator("th[aria-sort=ascending], th[aria-sort=descending]").count() == 1
 
 

@@ -103,6 +103,7 @@ def test_text_is_text_and_nothing_is_loaded(pages: dict[str, str]) -> None:
         hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in seen.scripts]
         assert hashes == allowed
         assert seen.policy.startswith("default-src 'none'")
+        assert seen.data
         for data in seen.data:
             json.loads(data)
             assert not set("<>&\u2028\u2029") & set(data)

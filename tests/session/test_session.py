@@ -288,7 +288,7 @@ def test_a_misspelt_setting_is_named() -> None:
 
 
 def test_a_source_has_its_own_tokenizer() -> None:
-    with pytest.raises(ConfigError, match="a tokenizer beside a source"):
+    with pytest.raises(ConfigError, match="a tokenizer was given beside a source"):
         Client(FakeSource(), object(), store=MemoryStore())
 
 

@@ -122,7 +122,7 @@ def test_end_tokens(generation: Any, config: Any, ends: tuple[int, ...], directo
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_named(file: str, directory: Path) -> None:
     (directory / file).unlink()
-    with pytest.raises(CheckpointError, match=f"{directory} misses .*{file.removeprefix('model')}.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=f"{directory} lacks .*{file.removeprefix('model')}.*save_pretrained"):
         open_checkpoint(directory, None, NONE)
 
 
@@ -130,7 +130,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     sharded = save(small_gpt2(), tmp_path / "sharded", max_shard_size="200KB")
     gone = weight_files(sharded)[1]
     gone.unlink()
-    with pytest.raises(CheckpointError, match=f"misses {gone.name}"):
+    with pytest.raises(CheckpointError, match=f"lacks {gone.name}"):
         open_checkpoint(sharded, None, NONE)
 
 
