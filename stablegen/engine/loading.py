@@ -18,8 +18,8 @@ from stablegen.engine.base import Engine
 from stablegen.engine.invariant.architectures import check_invariant, find_architecture
 from stablegen.engine.invariant.engine import InvariantEngine
 from stablegen.engine.invariant.model import Model
+from stablegen.engine.private import attention_of
 from stablegen.engine.transformers.engine import TransformersEngine
-from stablegen.engine.transformers.private import attention_of
 from stablegen.engine.weights import align, alignment_of, check_finite
 from stablegen.errors import CheckpointError, DeviceError, DeviceMemoryError, PolicyError
 from stablegen.kernels.base import KernelSet

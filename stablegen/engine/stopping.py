@@ -10,7 +10,7 @@ import torch
 
 from stablegen.core.request import Request
 from stablegen.engine.base import Stopper
-from stablegen.engine.transformers.private import last_tokens
+from stablegen.engine.private import last_tokens
 from stablegen.tokenizer import Tokenizer
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from stablegen.core.request import Request, check_fits
-from stablegen.engine.transformers import private
+from stablegen.engine import private
 from stablegen.errors import AttentionMaskError, ParameterError, PromptError, UnsupportedParameterError
 from stablegen.session.intake import NO_SEED, check_seeds
 from stablegen.session.session import Session

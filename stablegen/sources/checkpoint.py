@@ -182,6 +182,7 @@ class CheckpointSource(Source):
             context=self.context,
             kv_cache_size=self._kv_cache_size,
             tokenizer=self.tokenizer,
+            name=self.identity.name,
         )
         if self.identity.source == "digest":
             now = open_checkpoint(self.directory, None, self._digests).identity

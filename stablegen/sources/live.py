@@ -14,7 +14,7 @@ from stablegen.core.numerics import Numerics
 from stablegen.core.policy import ExecutionPolicy
 from stablegen.core.request import ModelIdentity
 from stablegen.engine.base import Engine
-from stablegen.engine.transformers.private import attention_of, name_of
+from stablegen.engine.private import attention_of, name_of
 from stablegen.engine.weights import alignment_of
 from stablegen.errors import ModelError
 from stablegen.machine.plan import allows_static_cache, find_device, numerics_on

@@ -13,8 +13,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from stablegen.engine.cuda_graph import Recorder
+from stablegen.engine.private import cache_layer_class
 from stablegen.engine.transformers.attention import OneKernel
-from stablegen.engine.transformers.private import cache_layer_class
 from stablegen.kernels import log
 from stablegen.kernels.base import RowSummary
 

@@ -12,7 +12,7 @@ from fixed_shapes import small_model
 from transformers.generation import StopStringCriteria
 
 import stablegen
-from stablegen.engine.transformers import private
+from stablegen.engine import private
 from stablegen.tokenizer import Tokenizer
 
 PACKAGE = Path(stablegen.__file__).parent
@@ -59,7 +59,7 @@ def test_a_private_name_stands_in_one_file(name: str) -> None:
         for file in PACKAGE.rglob("*.py")
         if re.search(rf"(?<![\w\"']){re.escape(name)}\b|\.{re.escape(name)}\b", file.read_text(encoding="utf-8"))
     ]
-    assert users == ["engine/transformers/private.py"], name
+    assert users == ["engine/private.py"], name
 
 
 def test_what_generate_prepares_is_read_back() -> None:
