@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -108,6 +107,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
         continuation, logprobs = tuple(own.get("continuation", ())), tuple(own.get("logprobs", ()))
         if len(continuation) != len(logprobs):
             raise CorruptEntryError("the entry has not a log-probability for each token of its continuation")
+        rows, requests, slot, shape = own["composition"]
         return Record(
             own_key,
             Request(
@@ -122,7 +122,7 @@ def decode(data: bytes, key: str | None = None) -> Record:
             own["finish_reason"],
             Trace(answer) if traced else None,
             _parse(Numerics, numerics),
-            _composition(*own["composition"]),
+            Composition(rows, requests, slot, Shape(*shape)),
             own["created"],
             own["seconds"],
             decode(data[superseded_at:], own_key) if superseded_size else None,
@@ -138,8 +138,3 @@ def decode(data: bytes, key: str | None = None) -> Record:
 def _parse(kind: type[_Model], text: bytes) -> _Model:
     """Return a model from its JSON; one cache holds few distinct ones, so each is validated once."""
     return kind.model_validate_json(text)
-
-
-def _composition(rows: int, requests: int, slot: int, shape: Sequence[int | None]) -> Composition:
-    """Return a composition from its JSON, in which a named tuple is a list."""
-    return Composition(rows, requests, slot, Shape(*shape))

@@ -40,7 +40,7 @@ print(json.dumps([planned, look(), torch.__version__]))
 """
     planned, loaded, version = python(code, *POLICIES)
     assert planned == loaded
-    assert {entry["torch"] for entry in planned} == {version}
+    assert {entry["torch"] for entry in planned} == {version.split("+")[0]}  # metadata leaves the build out
 
 
 @pytest.mark.parametrize("policy", POLICIES)

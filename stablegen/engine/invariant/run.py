@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from stablegen.core.request import Request
@@ -64,7 +66,7 @@ class _PendingLog:
     def arrived(self) -> bool:
         return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
 
-    def wait(self) -> np.ndarray:
+    def wait(self) -> npt.NDArray[Any]:
         if self.done is not None:
             self.done.synchronize()
         return self.words.numpy()

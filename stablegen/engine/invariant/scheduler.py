@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from stablegen.core.record import FinishReason
 from stablegen.core.request import Request
@@ -66,7 +66,7 @@ class Row:
     """Positions whose keys and values are scheduled."""
     scheduled: int = 0
     """Steps that are scheduled."""
-    logged: list[np.ndarray] = field(default_factory=list)
+    logged: list[npt.NDArray[Any]] = field(default_factory=list)
     """What was read of the log, in order: [N, WIDTH] int32 each, see ``kernels.log``."""
     steps: int = 0
     """Steps that were read."""
@@ -104,7 +104,7 @@ class Row:
         """Return the token ids of its answer as far as they are known."""
         return [*self.task.begun, *(int(token) for words in self.logged for token in words[:, log.TOKEN])]
 
-    def read(self, words: np.ndarray, may_end: bool = True, stops: Stopper | None = None) -> bool:
+    def read(self, words: npt.NDArray[Any], may_end: bool = True, stops: Stopper | None = None) -> bool:
         """Take the words [N, WIDTH] of its next steps from the log; return whether it ends with one of them.
 
         ``may_end``: whether any of them may report a failure or hold a token that ends an answer. ``stops``: what else
@@ -132,7 +132,7 @@ class Row:
         self._take(words)
         return False
 
-    def _take(self, words: np.ndarray) -> None:
+    def _take(self, words: npt.NDArray[Any]) -> None:
         self.logged.append(words)
         self.steps += len(words)
 

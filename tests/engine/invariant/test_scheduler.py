@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 from random import Random
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,7 +57,7 @@ def step(scheduler: Scheduler, times: int = 1) -> list[tuple[int, int, int, int]
     return shape(pieces)
 
 
-def words(*tokens: int, finite: bool = True) -> np.ndarray:
+def words(*tokens: int, finite: bool = True) -> npt.NDArray[Any]:
     logged = np.zeros((len(tokens), log.WIDTH), dtype=np.int32)
     logged[:, log.TOKEN] = tokens
     logged[:, log.FINITE] = finite
