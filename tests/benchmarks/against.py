@@ -65,7 +65,7 @@ def main() -> None:
 def run_worker(checkout: Path, model: Path, given: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, str(given.other), "--worker", str(model)]
     command += ["--hits-only"] if given.hits_only else []
-    environ = os.environ | {"PYTHONPATH": str(checkout)}
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, cwd=checkout)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert Path(found.pop("package")).is_relative_to(checkout), "the wrong checkout was imported"
@@ -93,7 +93,7 @@ def measure(model: Path, *, steps: bool) -> dict[str, Any]:
             client.complete("Tell me about yourself.", max_new_tokens=8)
         with stablegen.Client.from_pretrained(policy="invariant", device="cpu", cache_dir=folder) as client:
             hit = lambda: client.complete("Tell me about yourself.", max_new_tokens=8)  # noqa: E731
-            found["hit by name, ms"] = typical(hit, 2000, 9) * 1e3
+            found["hit by name, ms"] = typical(hit, 100, 200) * 1e3
         found["machine"] = client.numerics.device_model
         if steps:
             with stablegen.Client.from_pretrained(
@@ -120,15 +120,15 @@ def step_time(client: Any, batch: int) -> float:
     return statistics.median((run(NEW) - run(8)) / (NEW - 8) for _ in range(15))
 
 
-def typical(action: Callable[[], object], times: int, repeats: int) -> float:
-    """Return the seconds of one action, the median of several rounds."""
+def typical(action: Callable[[], object], times: int, blocks: int) -> float:
+    """Return the processor's seconds for one action: of many blocks the median, which other programs move little."""
     action()
     rounds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    for _ in range(blocks):
+        started = time.process_time()
         for _ in range(times):
             action()
-        rounds.append((time.perf_counter() - started) / times)
+        rounds.append((time.process_time() - started) / times)
     return statistics.median(rounds)
 
 
