@@ -16,10 +16,10 @@ from stablegen.core.record import Record
 from stablegen.core.request import ModelIdentity, Request
 from stablegen.core.verdict import FlaggedHit, OnRisk, SelfCheck, Verdict
 from stablegen.engine.base import Listener
-from stablegen.errors import ModelError, PromptError
+from stablegen.errors import ConfigError, ModelError, PromptError
 from stablegen.session import forcing
 from stablegen.session.call import Progress
-from stablegen.session.open import named_source, open_session
+from stablegen.session.open import NAMED, open_session
 from stablegen.session.session import Session
 from stablegen.session.verification import VerifyOptions, verify
 from stablegen.sources.base import Source
@@ -55,7 +55,8 @@ class Client:
         settings: Effective | None = None,
         **given: Unpack[ClientSettings],
     ) -> None:
-        """Open a session; ``settings``, already resolved, replace ``app`` and ``given``."""
+        if settings is not None and (app is not None or given):
+            raise ConfigError("settings were given twice: resolved, and as arguments", accepted="one of them")
         settings = load_settings(app, **given) if settings is None else settings
         self.session: Session = open_session(model, tokenizer, settings, store)
 
@@ -80,7 +81,7 @@ class Client:
     @classmethod
     def from_settings(cls, settings: Effective, *, store: Store | None = None) -> Client:
         """Return a client for the model that already resolved settings name."""
-        return cls(named_source(settings), settings=settings, store=store)
+        return cls(NAMED, settings=settings, store=store)
 
     # -- answering -----------------------------------------------------------------------------------------------
 

@@ -90,10 +90,6 @@ class Tokenizer:
         text = str(self._backend.decode([index], skip_special_tokens=False))
         return text if text and "\ufffd" not in text else str(self._backend.id_to_token(index))
 
-    def quoted(self, index: int) -> str:
-        """Return the text of one token in quotes."""
-        return repr(self.token(index))
-
     def is_of(self, tokenizer: Any) -> bool:
         """Return whether a transformers tokenizer, or one of ``tokenizers``, is this one."""
         return tokenizer is self._wrapped or Tokenizer.from_object(tokenizer).digest == self.digest

@@ -32,6 +32,7 @@ from stablegen.core.answer import Completion
 from stablegen.core.record import Record
 from stablegen.core.verdict import SelfCheck
 from stablegen.errors import (
+    ClientClosedError,
     ConfigError,
     DeviceError,
     DivergenceRiskError,
@@ -438,6 +439,7 @@ def test_a_self_check_that_fails_leaves_the_requests_that_can_run(policy: str, t
 # -- a model object ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["single", "padded:2", "invariant"])
 def test_a_callers_autocast_and_default_dtype_move_no_bit(policy: str, tmp_path: Path) -> None:
     import torch
@@ -636,7 +638,7 @@ def test_what_threads_ask_for_at_once_is_computed_once(
 
 
 def test_a_llama_is_not_invariant(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(PolicyError, match=r"'invariant' .*'llama', not GPT-2.*'single', 'padded:N' or 'native'"):
+    with pytest.raises(PolicyError, match=r"'invariant' .*'llama', not GPT-2.*'single', 'padded:N', 'native' for"):
         Client(small_llama(), tokenizer, policy="invariant", cache_dir=tmp_path)
 
 
@@ -659,6 +661,47 @@ def test_a_model_with_nan_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         model.transformer.ln_f.bias[3] = torch.nan
     with pytest.raises(ModelError, match=r"NaN or infinity: transformer\.ln_f\.bias"):
         Client(model, tokenizer, cache_dir=tmp_path)
+
+
+def test_a_model_with_nan_is_refused_every_time(tmp_path: Path, tokenizer: Any) -> None:
+    import torch
+
+    model = small_gpt2()
+    with Client(model, tokenizer, cache_dir=tmp_path) as asking:
+        asking.complete("Hello", max_new_tokens=NEW)
+        with torch.no_grad():
+            model.transformer.ln_f.bias[3] = torch.nan
+        for _ in range(2):  # nothing of the refusal is remembered
+            with pytest.raises(ModelError, match="NaN or infinity"):
+                asking.complete("Hello", max_new_tokens=NEW)
+        asking.close()
+        with pytest.raises(ClientClosedError):
+            asking.generate(torch.tensor([[1, 2]]), num_beams=2, unsupported="passthrough")
+
+
+def test_threads_that_see_a_change_at_once_are_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from stablegen.sources import live
+
+    model, digest = small_gpt2(), live._digest
+    source = live.LiveSource(model)
+    before = source.identity
+    with torch.no_grad():
+        model.transformer.ln_f.bias[3] += 1
+    taking = threading.Event()
+
+    def slow(*given: Any) -> str:
+        taking.set()
+        threading.Event().wait(0.3)
+        return digest(*given)
+
+    monkeypatch.setattr(live, "_digest", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: source.identity)
+        assert taking.wait(60)
+        second = pool.submit(lambda: source.identity)
+        assert first.result(60) is second.result(60) is not before
 
 
 @pytest.mark.parametrize("other", ["gpt2", 5])

@@ -39,6 +39,7 @@ def model() -> Any:
     return GPT2LMHeadModel.from_pretrained(TINY).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["invariant", "padded:4"])
 def test_metrics_and_outputs_are_equal_at_every_batch_size(policy: str, tasks: Path, tmp_path: Path) -> None:
     from stablegen.lm_eval import StablegenLM
@@ -64,6 +65,7 @@ def test_a_second_evaluation_is_answered_from_the_cache(
         assert not later.session.parts.runner.started
 
 
+@pytest.mark.slow
 def test_its_own_model_over_a_stabilized_one_generates_the_same_at_every_batch_size(
     tasks: Path, tmp_path: Path, model: Any, tokenizer: Any
 ) -> None:
@@ -117,6 +119,7 @@ def test_repeats_of_a_sampled_task_are_samples_of_their_own(tmp_path: Path) -> N
 # -- scoring -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["single", "padded:3", "invariant"])
 def test_a_score_is_the_same_alone_beside_others_and_from_the_cache(policy: str, tmp_path: Path) -> None:
     pairs = [("Tell me about", " yourself."), ("The old man", " began to speak about music, and"), ("No", "!")]

@@ -12,7 +12,7 @@ _V = TypeVar("_V")
 class Bounded(Generic[_K, _V]):
     """A mapping of at most ``limit`` entries that drops the one written longest ago; threads may share it.
 
-    Reading takes no lock and keeps no order: it stands on the way of every hit.
+    Reading what is there takes no lock and keeps no order: every hit does it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -22,7 +22,11 @@ class Bounded(Generic[_K, _V]):
 
     def get(self, key: _K, default: _V | None = None) -> _V | None:
         """Return the value under a key, ``default`` where there is none."""
-        return self._entries.get(key, default)
+        found = self._entries.get(key, default)
+        if found is default:  # another thread may be writing it at this moment
+            with self._lock:
+                return self._entries.get(key, default)
+        return found
 
     def __setitem__(self, key: _K, value: _V) -> None:
         with self._lock:

@@ -47,6 +47,7 @@ def generate(
     """
     if unsupported not in UNSUPPORTED:
         raise ParameterError(f"unsupported={unsupported!r} is not valid", accepted=", ".join(map(repr, UNSUPPORTED)))
+    session.check_open()
     try:
         call = resolve(session, inputs, generation_config, seed, sample_index, dict(arguments))
     except UnsupportedParameterError as refusal:

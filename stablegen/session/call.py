@@ -122,14 +122,20 @@ class Call:
             if self.proves and check.passed and planner.engine.limits.prefill_equals_decode:
                 # one pass over an answer shows what a fresh run gives; scoring a continuation is one pass anyway
                 proves = [request.key in self.hits and not request.continuation for request in requests]
-                answers = {request: self.hits[request.key].token_ids for request in compress(requests, proves)}
-                from stablegen.engine.stopping import stopper_for  # loads torch
-
-                stopper_of = partial(stopper_for, tokenizer=self.parts.source.tokenizer)
-                self._collect(regenerate(planner.engine, answers, stopper_of), how=ONE_PASS)
+                self._prove(planner, list(compress(requests, proves)))
                 missing = [request for request, proved in zip(requests, proves, strict=True) if not proved]
             for batch in planner.plan(missing, check):
                 self._collect(planner.engine.generate(batch, None, self._listen))
+
+    def _prove(self, planner: Planner, requests: Sequence[Request]) -> None:
+        """Verify the hits of requests in one pass over each, and compute what follows where they diverge."""
+        if not requests:
+            return
+        from stablegen.engine.stopping import stopper_for  # loads torch
+
+        answers = {request: self.hits[request.key].token_ids for request in requests}
+        stopper_of = partial(stopper_for, tokenizer=self.parts.source.tokenizer)
+        self._collect(regenerate(planner.engine, answers, stopper_of), how=ONE_PASS)
 
     def keep_check(self, check: SelfCheck) -> None:
         """Keep a self-check made for this call; warn where it failed."""

@@ -14,7 +14,7 @@ from stablegen.core.record import Record
 from stablegen.core.request import Request
 from stablegen.core.trace import Trace
 from stablegen.engine.base import Engine, Observer
-from stablegen.errors import CalibrationError, InvalidRequestError
+from stablegen.errors import CalibrationError, InvalidRequestError, ParameterError
 from stablegen.guard.calibration import fit
 from stablegen.guard.judge import numerics_for
 from stablegen.session.call import Progress
@@ -66,6 +66,8 @@ def calibrate(
     progress: Progress | None = None,
 ) -> list[Calibration]:
     """Return calibrations from the numerics of answers to the session's, one for each numerics with enough steps."""
+    if any(size < 1 for size in sizes):
+        raise ParameterError(f"sizes={tuple(sizes)!r} is not valid", accepted="batch sizes of at least 1")
     state = session.refresh()
     groups: dict[str, dict[str, Record]] = {}
     for record in map(session.record_of, answers):
@@ -78,7 +80,7 @@ def calibrate(
     if not groups:
         raise failure
     found = []
-    with session.engine(state) as (engine, now):
+    with session.busy(), session.engine(state) as (engine, now):
         for group in map(list, map(dict.values, groups.values())):
             pairs = []
             with closing(teacher_force(session, engine, now.intake, group, sizes)) as forced:
@@ -95,7 +97,7 @@ def calibrate(
                 failure = error
                 log.info("no calibration from answers of %s: %s", recorded.summary(), error)
                 continue
-            session.cache.put_calibration(made)
+            session.parts.cache.put_calibration(made)
             session.parts.judge.learn_calibration(made)
             found.append(made)
     if not found:
@@ -136,7 +138,10 @@ def score_rows(session: Session, completions: Iterable[Completion]) -> dict[str,
     def observe(request: Request, row: torch.Tensor) -> None:
         rows.setdefault(request, []).append(row.clone())
 
+    if not records:
+        return {}
     with (
+        session.busy(),
         session.engine(state) as (engine, now),
         closing(teacher_force(session, engine, now.intake, records, sizes, observe)) as forced,
     ):

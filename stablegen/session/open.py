@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from stablegen.config import Effective
@@ -13,17 +14,23 @@ from stablegen.sources.base import Source
 from stablegen.store.base import Store
 from stablegen.store.cache import Cache, cache_path, open_cache
 
+NAMED = object()
+"""In place of a model: the one that the settings name."""
+
 
 def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store | None = None) -> Session:
-    """Return a session around ``model``, a source or a live model.
+    """Return a session around ``model``: a source, a live model, or ``NAMED``.
 
-    ``store`` replaces the cache folder that the settings name; the session closes it. Where the settings name no
+    ``store`` replaces the cache folder that the settings name. The session takes over store and source, and closes
+    them when it is closed; where it cannot be opened, a store that was given stays open. Where the settings name no
     policy, the most preferred one under which the model can run is used.
     """
     settings = effective.settings
+    if store is not None:
+        refuse_arguments(effective, ("cache_dir", "size_limit"), "beside a store, which has its own place and size")
     cache = open_cache(settings.cache_dir, settings.size_limit) if store is None else Cache(store)
     try:
-        source = open_source(model, tokenizer, effective)
+        source = open_source(model, tokenizer, effective, keeps_digests=store is None)
         policy = default_policy(source.can_run) if settings.policy is None else load_policy(settings.policy)
         return Session(
             source,
@@ -36,34 +43,38 @@ def open_session(model: Any, tokenizer: Any, effective: Effective, store: Store 
             app=effective.app,
         )
     except BaseException:
-        cache.close()
+        if store is None:
+            cache.close()
         raise
 
 
-def open_source(model: Any, tokenizer: Any, effective: Effective) -> Source:
-    """Return ``model`` itself if it is a source, or a source around a live model."""
+def open_source(model: Any, tokenizer: Any, effective: Effective, *, keeps_digests: bool) -> Source:
+    """Return ``model`` itself if it is a source, or a source around a live model or of the model that is named.
+
+    ``keeps_digests``: whether digests of files are remembered in the cache's folder.
+    """
+    settings = effective.settings
+    if model is NAMED:
+        from stablegen.sources.checkpoint import CheckpointSource
+
+        digests = DigestMemory(cache_path(settings.cache_dir) / "digests.json" if keeps_digests else None)
+        return CheckpointSource.open(
+            settings.model, settings.revision, digests=digests, kv_cache_size=settings.kv_cache_size
+        )
     if isinstance(model, Source):
         if tokenizer is not None:
             raise ConfigError("a tokenizer was given beside a source, which has its own", accepted="Client(source)")
+        refuse_arguments(effective, ("kv_cache_size",), "beside a source, which makes its own engine")
         return model
-    for name in ("dtype", "device"):
-        if effective.origins[name] == "argument":
-            raise ConfigError(
-                f"{name}={getattr(effective.settings, name)!r} was given for a model that is already loaded",
-                accepted="the model's own dtype and device",
-                hint=f"Leave {name} out, and convert or move the model itself with model.to(...)",
-            )
+    refuse_arguments(effective, ("dtype", "device"), "for a model that is loaded already; use model.to(...)")
     from stablegen.sources.live import LiveSource
 
-    return LiveSource(model, tokenizer, kv_cache_size=effective.settings.kv_cache_size)
+    return LiveSource(model, tokenizer, kv_cache_size=settings.kv_cache_size)
 
 
-def named_source(effective: Effective) -> Source:
-    """Return the source of the model that the settings name: a directory, a hub name, or None for the embedded one."""
-    from stablegen.sources.checkpoint import CheckpointSource
-
-    settings = effective.settings
-    digests = DigestMemory(cache_path(settings.cache_dir) / "digests.json")
-    return CheckpointSource.open(
-        settings.model, settings.revision, digests=digests, kv_cache_size=settings.kv_cache_size
-    )
+def refuse_arguments(effective: Effective, names: Sequence[str], why: str) -> None:
+    """Raise ``ConfigError`` for settings given as arguments that would change nothing."""
+    for name in names:
+        if effective.origins[name] == "argument":
+            value = getattr(effective.settings, name)
+            raise ConfigError(f"{name}={value!s} was given {why}", hint=f"Leave {name} out")

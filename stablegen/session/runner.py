@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from stablegen.core.numerics import Numerics
 from stablegen.core.request import ModelIdentity
 from stablegen.engine.base import Engine
-from stablegen.errors import ClientClosedError, EngineError, ModelError
+from stablegen.errors import EngineError, ModelError
 from stablegen.sources.base import Source
 
 
@@ -27,7 +27,6 @@ class Runner:
         self._engine: Engine | None = None
         self._started_for: tuple[ModelIdentity, Numerics] | None = None
         self._users = 0
-        self._closed = False
 
     @property
     def started(self) -> bool:
@@ -38,57 +37,44 @@ class Runner:
     def engine(self, identity: ModelIdentity, planned: Numerics) -> Iterator[Engine]:
         """Lend the engine for a model and the numerics planned for it, started where needed.
 
-        Raises ``ClientClosedError`` after ``close``, ``ModelError`` where the model was changed while this thread
-        waited, and what ``Source.start`` raises.
+        Raises ``ModelError`` where the model was changed while this thread waited, and what ``Source.start`` raises.
         """
         waited = not self._lock.acquire(blocking=False)
-        if not waited:
-            self._lock.release()
-        with self._lock:
-            self._check_open()
-            wanted = identity, planned
-            known = self._started_for
-            is_other = known is None or known[0] is not identity or known[1] is not planned
-            if (waited or is_other) and self._source.identity.identity != identity.identity:
-                raise ModelError(
-                    "another thread changed the model while this call waited for it",
-                    hint="Call again: the answers then come from the changed model",
-                )
-            if is_other:
-                if self._users:
-                    raise EngineError(
-                        "the model was changed while this thread was generating with it",
-                        hint="Change a model only between calls",
-                    )
-                self._release()
-                self._engine = self._source.start(planned)
-                self._started_for = wanted
-            assert self._engine is not None
+        if waited:
+            self._lock.acquire()
+        try:
+            engine = self._ready(identity, planned, waited=waited)
             self._users += 1
             try:
-                yield self._engine
+                yield engine
             finally:
                 self._users -= 1
-                if self._closed and not self._users:
-                    self._release()
+        finally:
+            self._lock.release()
+
+    def _ready(self, identity: ModelIdentity, planned: Numerics, *, waited: bool) -> Engine:
+        known = self._started_for
+        is_other = known is None or known[0] is not identity or known[1] is not planned
+        if (waited or is_other) and self._source.identity.identity != identity.identity:
+            raise ModelError(
+                "another thread changed the model while this call waited for it",
+                hint="Call again: the answers then come from the changed model",
+            )
+        if is_other:
+            if self._users:
+                raise EngineError(
+                    "the model was changed while this thread was generating with it",
+                    hint="Change a model only between calls",
+                )
+            self.close()
+            self._engine = self._source.start(planned)
+            self._started_for = identity, planned
+        assert self._engine is not None
+        return self._engine
 
     def close(self) -> None:
-        """Release the engine, once the thread that uses it is done; a closed runner starts no other."""
-        self._closed = True
+        """Release the engine; nobody may be using it."""
         with self._lock:
-            if not self._users:  # a callback of the thread that generates may close, too
-                self._release()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise closed_error()
-
-    def _release(self) -> None:
-        engine, self._engine, self._started_for = self._engine, None, None
-        if engine is not None:
-            engine.close()
-
-
-def closed_error() -> ClientClosedError:
-    """Return the error that a closed client raises."""
-    return ClientClosedError("this client was closed", hint="Make a new one, or use it inside its with block")
+            engine, self._engine, self._started_for = self._engine, None, None
+            if engine is not None:
+                engine.close()

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from stablegen.core.answer import Completion, Score
@@ -18,12 +19,12 @@ from stablegen.core.request import ModelIdentity, Request
 from stablegen.core.verdict import OnRisk, SelfCheck, Verdict
 from stablegen.engine.base import Engine, Listener
 from stablegen.engine.planner import Planner
-from stablegen.errors import InvalidRequestError, RecordNotFoundError, StablegenError
+from stablegen.errors import ClientClosedError, InvalidRequestError, RecordNotFoundError, StablegenError
 from stablegen.guard.judge import Judge, numerics_for
 from stablegen.session.call import Call, Progress, results_in_order
 from stablegen.session.intake import CallersOwn, Intake, check_seeded
 from stablegen.session.parts import KNOWN_FLAGS, Parts, State
-from stablegen.session.runner import Runner, closed_error
+from stablegen.session.runner import Runner
 from stablegen.sources.base import Source
 from stablegen.store.cache import Cache
 
@@ -68,6 +69,9 @@ class Session:
         self._state = State(Intake(source, source.identity, self.own), planned, planned)
         self._changing = threading.Lock()
         self._closed = False
+        self._calls: dict[int, int] = {}  # those that run now, by thread; a callback may call again
+        self._ended = threading.Condition()
+        self._closed_by: int | None = None
 
     @property
     def source(self) -> Source:
@@ -97,21 +101,25 @@ class Session:
 
         Raises ``ClientClosedError`` after ``close``.
         """
-        if self._closed:
-            raise closed_error()
-        source, policy = self.parts.source, self.parts.policy
-        identity, planned = source.identity, source.plan(policy, self.dtype, self.device)
+        self.check_open()
+        identity, planned = self._describe_source()
         state = self._state
         if identity is state.intake.identity and planned is state.planned:
             return state
         with self._changing:
-            state = self._state
+            # again: another thread may have seen a newer model meanwhile
+            identity, planned = self._describe_source()
+            source, state = self.parts.source, self._state
             if identity is not state.intake.identity:
                 state = state._replace(intake=Intake(source, identity, self.own))
             if planned != state.planned:
                 state = state._replace(planned=planned, numerics=planned)
             self._state = state
             return state
+
+    def _describe_source(self) -> tuple[ModelIdentity, Numerics]:
+        source = self.parts.source
+        return source.identity, source.plan(self.parts.policy, self.dtype, self.device)
 
     def numerics_for(self, request: Request) -> Numerics:
         """Return the numerics under which a request would be answered."""
@@ -162,32 +170,36 @@ class Session:
         ``cached=False``: the cache is neither read nor written. What other calls have computed while this one waited
         for the engine is taken from the cache.
         """
-        call = Call(
-            self.parts,
-            state,
-            proves=cached and self.parts.on_risk == "verify",
-            keeps=cached,
-            listen=listen,
-            progress=progress,
-        )
-        runner = self.parts.runner
-        completed = runner.completed
-        if cached:
-            call.look_up(asked)
-        else:
-            call.pending = dict(asked)
-        if call.pending:
-            try:
-                with self.engine(state) as (engine, found):
-                    if found is not state and cached:
-                        call.look_up_anew(asked, found)
-                    elif runner.completed != completed and cached:
-                        call.look_up_pending()
-                    call.state = found
-                    call.compute(self.planner(engine, call))
-            except StablegenError as error:
-                call.fail(error)
-        return results_in_order(call, asked)
+        self.enter()
+        try:
+            call = Call(
+                self.parts,
+                state,
+                proves=cached and self.parts.on_risk == "verify",
+                keeps=cached,
+                listen=listen,
+                progress=progress,
+            )
+            runner = self.parts.runner
+            completed = runner.completed
+            if cached:
+                call.look_up(asked)
+            else:
+                call.pending = dict(asked)
+            if call.pending:
+                try:
+                    with self.engine(state) as (engine, found):
+                        if found is not state and cached:
+                            call.look_up_anew(asked, found)
+                        elif runner.completed != completed and cached:
+                            call.look_up_pending()
+                        call.state = found
+                        call.compute(self.planner(engine, call))
+                except StablegenError as error:
+                    call.fail(error)
+            return results_in_order(call, asked)
+        finally:
+            self.leave()
 
     def complete(
         self, prompts: str | Sequence[str], arguments: Mapping[str, Any], progress: Progress | None
@@ -290,21 +302,66 @@ class Session:
 
     def self_check(self) -> SelfCheck:
         """Load the engine, and measure whether the policy keeps its promise in its smallest shape."""
-        with self.engine(self.refresh()) as (engine, state):
+        with self.busy(), self.engine(self.refresh()) as (engine, state):
             call = Call(self.parts, state)
             check = self.planner(engine, call).measure(self.parts.policy.shape(1, 1, engine.limits))
             call.check()
             return check
 
+    # -- closing ---------------------------------------------------------------------------------------------------
+
     def check_open(self) -> None:
         """Raise ``ClientClosedError`` after ``close``."""
         if self._closed:
-            raise closed_error()
+            raise ClientClosedError("this client was closed", hint="Make a new one, or use it inside its with block")
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Keep cache and engine open for a call, though the session is closed meanwhile."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Begin a call; raise ``ClientClosedError`` after ``close``."""
+        thread = get_ident()
+        with self._ended:
+            nested = self._calls.get(thread, 0)
+            if not nested:
+                self.check_open()
+            self._calls[thread] = nested + 1
+
+    def leave(self) -> None:
+        """End a call; one that closed the session itself releases what it holds."""
+        thread = get_ident()
+        with self._ended:
+            self._calls[thread] -= 1
+            if not self._calls[thread]:
+                del self._calls[thread]
+            if self._closed:
+                self._ended.notify_all()
+            releases = self._closed_by == thread and thread not in self._calls
+        if releases:
+            self._release()
 
     def close(self) -> None:
-        """Release engine, source and cache; a thread that generates finishes first."""
-        if not self._closed:
-            self._closed = True
-            self.parts.runner.close()
-            self.source.close()
-            self.parts.cache.close()
+        """Release engine, source and cache, once the calls of other threads have ended.
+
+        Closed from a callback of a call of its own, that call ends first.
+        """
+        thread = get_ident()
+        with self._ended:
+            if self._closed:
+                return
+            self._closed, self._closed_by = True, thread
+            self._ended.wait_for(lambda: not self._calls.keys() - {thread})
+            is_idle = not self._calls
+        if is_idle:
+            self._release()
+
+    def _release(self) -> None:
+        self.parts.runner.close()
+        self.source.close()
+        self.parts.cache.close()

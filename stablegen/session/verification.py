@@ -38,34 +38,35 @@ def verify(
     progress: Progress | None = None,
 ) -> list[Verification]:
     """Return the verifications of answers, in their order; with ``repair`` the fresh answers replace them."""
-    state = session.refresh()
-    records = [session.record_of(answer) for answer in answers]
-    hits = {record.key: record for record in records}
-    call = Call(session.parts, state, proves=not from_scratch, keeps=repair, progress=progress)
-    call.pending = {key: state.intake.validate(record.request) for key, record in hits.items()}
-    call.hits = hits
-    settled: dict[str, Verdict] = {}
-    try:
-        with session.engine(state) as (engine, call.state):
-            planner = session.planner(engine, call)
-            can_replay = session.parts.policy.promises and not engine.limits.prefill_equals_decode
-            if call.proves and can_replay and not repair:
-                settled = _replay(session, planner, call)
-                call.pending = {key: asked for key, asked in call.pending.items() if key not in settled}
-            call.compute(planner)
-    except StablegenError as error:
-        call.fail(error)
-    call.check()
-    found = []
-    for record in records:
-        if record is hits[record.key] and record.key in settled:
-            found.append(Verification(record, None, settled[record.key]))
-            continue
-        done, verdict = call.results[record.key], call.results[record.key].verdict
-        if record is not hits[record.key]:  # another answer to the same request
-            verdict = session.parts.judge.compare(record, done.record)
-        found.append(Verification(record, done.record, verdict))
-    return found
+    with session.busy():
+        state = session.refresh()
+        records = [session.record_of(answer) for answer in answers]
+        hits = {record.key: record for record in records}
+        call = Call(session.parts, state, proves=not from_scratch, keeps=repair, progress=progress)
+        call.pending = {key: state.intake.validate(record.request) for key, record in hits.items()}
+        call.hits = hits
+        settled: dict[str, Verdict] = {}
+        try:
+            with session.engine(state) as (engine, call.state):
+                planner = session.planner(engine, call)
+                can_replay = session.parts.policy.promises and not engine.limits.prefill_equals_decode
+                if call.proves and can_replay and not repair:
+                    settled = _replay(session, planner, call)
+                    call.pending = {key: asked for key, asked in call.pending.items() if key not in settled}
+                call.compute(planner)
+        except StablegenError as error:
+            call.fail(error)
+        call.check()
+        found = []
+        for record in records:
+            if record is hits[record.key] and record.key in settled:
+                found.append(Verification(record, None, settled[record.key]))
+                continue
+            done, verdict = call.results[record.key], call.results[record.key].verdict
+            if record is not hits[record.key]:  # another answer to the same request
+                verdict = session.parts.judge.compare(record, done.record)
+            found.append(Verification(record, done.record, verdict))
+        return found
 
 
 def _replay(session: Session, planner: Planner, call: Call) -> dict[str, Verdict]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,8 @@ class CheckpointSource(Source):
         self._digests = digests or DigestMemory(None)
         self.tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, self._digests.digest(checkpoint.tokenizer_file))
         self._kv_cache_size = kv_cache_size
-        self._plan = lru_cache(maxsize=32)(self._plan_on)
-        self._device = "cpu"
+        # by policy, dtype and device setting: the numerics, and torch's name of the device
+        self._plans: dict[tuple[ExecutionPolicy, str, str], tuple[Numerics, str]] = {}
         self._passthrough: Any = None
 
     @classmethod
@@ -161,16 +160,16 @@ class CheckpointSource(Source):
 
     def plan(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
         """Return the numerics of a policy and dtype on a device, planned once and without importing torch."""
-        return self._plan(policy, dtype, device)
-
-    def _plan_on(self, policy: ExecutionPolicy, dtype: str, device: str) -> Numerics:
-        self.check(policy)
-        found = find_device(device, dtype)
-        self._device = found.name
-        return numerics_on(found, policy, dtype, static_cache=allows_static_cache(self.config))
+        known = self._plans.get((policy, dtype, device))
+        if known is None:
+            self.check(policy)
+            found = find_device(device, dtype)
+            numerics = numerics_on(found, policy, dtype, static_cache=allows_static_cache(self.config))
+            known = self._plans.setdefault((policy, dtype, device), (numerics, found.name))
+        return known[0]
 
     def start(self, numerics: Numerics) -> Engine:
-        """Load the weights on the device planned for last; raise ``CheckpointError`` where its files have changed."""
+        """Load the weights on the device that was planned for; raise ``CheckpointError`` where files have changed."""
         from stablegen.engine.loading import make_engine_from_files
 
         engine = make_engine_from_files(
@@ -178,7 +177,7 @@ class CheckpointSource(Source):
             weight_files(self.directory),
             self.config,
             numerics,
-            self._device,
+            self._device_of(numerics),
             context=self.context,
             kv_cache_size=self._kv_cache_size,
             tokenizer=self.tokenizer,
@@ -206,9 +205,16 @@ class CheckpointSource(Source):
 
             from stablegen.engine.loading import load_model, torch_device
 
-            device = torch_device("cpu" if numerics.device == "cpu" else self._device)
+            device = torch_device(self._device_of(numerics))
             self._passthrough = load_model(self.directory, getattr(torch, numerics.dtype), device)
         return self._passthrough
+
+    def _device_of(self, numerics: Numerics) -> str:
+        """Return the device that numerics were planned for; two devices of one model have equal ones."""
+        for known, name in list(self._plans.values()):
+            if known is numerics:
+                return name
+        return numerics.device
 
     def close(self) -> None:
         """Release the model that calls were passed through to."""

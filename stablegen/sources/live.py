@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ class LiveSource(Source):
         self.tokenizer = Tokenizer.from_object(tokenizer)
         self.config: Mapping[str, Any] = dict(model.config.to_dict())
         self._kv_cache_size = kv_cache_size
+        self._lock = threading.Lock()
         self._fingerprint: tuple[object, ...] = ()
         self._identity: ModelIdentity | None = None
         self._planned: Numerics | None = None
@@ -58,18 +60,17 @@ class LiveSource(Source):
         A change is detected by torch's version counter of each tensor and, for changes through ``.data``, which it
         misses, by an exact sum over the bits: a pass over the weights. Values swapped through ``.data`` go undetected.
         """
-        config = dict(self.model.config.to_dict())
-        state = self.model.state_dict(keep_vars=True)
-        sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
-        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
-        fingerprint = (versions, tuple(sums.tolist()), repr(config))
-        if self._identity is None or fingerprint != self._fingerprint:
-            self._fingerprint = fingerprint
-            self.config = config
-            self._identity = ModelIdentity(
-                source="digest", digest=_digest(state, config), name=name_of(self.model.config)
-            )
-        return self._identity
+        with self._lock:  # nobody is told of the old identity while the new one is taken
+            config = dict(self.model.config.to_dict())
+            state = self.model.state_dict(keep_vars=True)
+            sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
+            versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+            fingerprint = (versions, tuple(sums.tolist()), repr(config))
+            if self._identity is None or fingerprint != self._fingerprint:
+                digest = _digest(state, config)  # raises for weights that cannot be used: then nothing is remembered
+                self._identity = ModelIdentity(source="digest", digest=digest, name=name_of(self.model.config))
+                self._fingerprint, self.config = fingerprint, config
+            return self._identity
 
     @property
     def context(self) -> int:

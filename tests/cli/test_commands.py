@@ -215,7 +215,7 @@ def test_inspect_verifies_and_shows_both_continuations(run: Run, tmp_path: Path)
         asking.cache.put([with_token(right, 3, 7)])
     done = run("inspect", right.key, "--verify", "--html", "page.html")
     assert done.code == 0
-    assert "parts  at step 3, verified" in done.out
+    assert "diverges  at step 3, verified" in done.out
     assert "A fresh run parts at step 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
     later = json.loads(run("inspect", right.key, "--json").out)
     (noted,) = later["divergences"]
@@ -260,7 +260,7 @@ def test_config_show_says_where_each_value_comes_from(run: Run, tmp_path: Path) 
     assert f"serve                     [apps.chat] in {tmp_path / 'stablegen.toml'}" in shown
     assert "environment STABLEGEN_CACHE_DIR" in shown
     content = json.loads(run("config", "show", "--json").out)
-    assert content["policy"] == {"value": "invariant", "origin": "built-in"}
+    assert content["policy"] == {"value": "by the model", "origin": "built-in"}
     (tmp_path / "stablegen.toml").write_text('[defaults]\ndtipe = "bfloat16"\n')
     broken = run("config", "show")
     assert broken.code == 2
@@ -291,6 +291,7 @@ def test_doctor_says_why_a_promise_is_broken(run: Run, monkeypatch: pytest.Monke
     assert answer["verdict"]["status"] != "exact"
 
 
+@pytest.mark.slow
 def test_the_demo_reports_what_it_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
     monkeypatch.setattr(demo, "NEIGHBOURS", demo.NEIGHBOURS[1:3])
@@ -336,6 +337,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     assert b"answers" in shown
 
 
+@pytest.mark.slow
 def test_an_interrupt_loses_nothing_and_a_rerun_continues(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("".join(f"Story number {n}:\n" for n in range(600)))
     arguments: tuple[str, ...] = (
@@ -368,6 +370,6 @@ def test_an_interrupt_loses_nothing_and_a_rerun_continues(tmp_path: Path) -> Non
 def _stored(folder: Path) -> int:
     try:
         with sqlite3.connect(f"file:{folder / 'cache.db'}?mode=ro", uri=True) as database:
-            return int(database.execute("SELECT COUNT(*) FROM Cache WHERE key LIKE 'record:%'").fetchone()[0])
+            return int(database.execute("SELECT COUNT(*) FROM Cache WHERE key LIKE 'record/%'").fetchone()[0])
     except sqlite3.OperationalError:
         return 0

@@ -101,6 +101,7 @@ def needle_of(name: str, length: int = PROMPT, steps: int = 4) -> Any:
 # --- invariant --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "largest", "at_once"),
     [
@@ -337,6 +338,7 @@ def test_single_repeats(compare: Begin, name: str, dtype: str) -> None:
     comparison.assert_equal()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "rows"),
     [
@@ -360,6 +362,7 @@ def test_padded_company(compare: Begin, name: str, dtype: str, rows: int) -> Non
     comparison.assert_equal()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "dtype"),
     [(policy, "float32") for policy in ("invariant", "single", "padded:4", "padded:8")]
@@ -413,10 +416,13 @@ def test_invariant_refuses_a_llama(tmp_path: Path, dtype: str) -> None:
 # --- the control ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_native_breaks_what_the_others_promise(compare: Begin) -> None:
     differing: dict[str, int] = {}
     for name in ("random-gpt2", "tiny-gpt2", *OTHER_ARCHITECTURES):
         for dtype in ("float32", "bfloat16"):
+            if differing.get(name):
+                break  # one bit that moved is what the control has to show
             engine = shared_engine(name, "native", dtype)
             comparison = compare("control", name, engine)
             compare_sizes(comparison, engine, make_pool(name, count=9), [2, 3, 8, 16, 33])
@@ -435,6 +441,7 @@ def test_native_breaks_it_through_the_client(compare: Begin, tmp_path: Path) -> 
     assert comparison.differing > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("chained_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_triton_kernels_make_an_engine(dtype: str) -> None:

@@ -180,6 +180,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cache"
 
 
+@pytest.mark.slow
 def test_other_prompts_are_judged_by_it(calibrated: Path, tmp_path: Path) -> None:
     with client(tmp_path, policy="native", dtype="bfloat16") as asking:
         made = [asking.complete(prompt, max_new_tokens=24).record for prompt in HELD_OUT]
@@ -197,6 +198,7 @@ def test_other_prompts_are_judged_by_it(calibrated: Path, tmp_path: Path) -> Non
         assert other.judge(made[0]).basis == "prior"
 
 
+@pytest.mark.slow
 def test_company_is_measured_where_a_policy_promises_nothing(tmp_path: Path) -> None:
     with client(tmp_path, policy="native", dtype="bfloat16") as asking:
         made = [asking.complete(prompt, max_new_tokens=16) for prompt in SAMPLE[:16]]
@@ -230,6 +232,7 @@ def test_what_is_left_over_is_measured_in_a_batch_of_the_same_size(
     assert found.steps == 2 * sum(len(one.token_ids) for one in made)  # company was not measured twice
 
 
+@pytest.mark.slow
 def test_of_several_numerics_those_with_steps_enough_are_calibrated(tmp_path: Path) -> None:
     with client(tmp_path, policy="single", dtype="bfloat16") as asking:
         many = asking.complete(SAMPLE[:20], max_new_tokens=16)
@@ -275,6 +278,7 @@ def write(folder: Path, prompts: Sequence[str]) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_the_command_calibrates(run: Callable[..., Any], tmp_path: Path) -> None:
     prompts = ("--prompts", write(tmp_path, SAMPLE[:20]), "--max-new-tokens", "16", "--cache-dir", "cache")
     code, out, _ = run("--from", "native/bfloat16", "--to", "invariant/float32", *prompts)

@@ -151,9 +151,9 @@ def test_a_client_that_has_not_seen_a_key_serves_and_judges_but_cannot_verify(
         record = later.inspect(made.key)
         assert record == made.record
         assert later.judge(record).status == "exact"
-        with pytest.raises(InvalidRequestError, match="does not know"):
+        with pytest.raises(InvalidRequestError, match="does not have them"):
             later.verify(record)
-        with pytest.raises(InvalidRequestError, match="does not know"):
+        with pytest.raises(InvalidRequestError, match="does not have them"):
             later.verify(made.key)
         served = ours(later, one(row), **arguments(), return_dict_in_generate=True).completions[0]
         assert served.cached and served.trace == made.trace and served.verdict.status == "exact"

@@ -28,6 +28,7 @@ def kernels_for(capability: int, *models: list[Any]) -> list[dict[str, Any]]:
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_size_multiplies_with_one_instruction_and_rounds_after_each_operation(capability: int) -> None:
     # bfloat16 goes the way of float16; only the interpreter, and a CPU's tensors, would be given another

@@ -149,6 +149,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 HERE = ("--model", str(TINY), "--device", "cpu", "--cache-dir", "cache")
 
 
+@pytest.mark.slow
 def test_the_command_reports_draws_and_fails_where_an_exact_was_not(run: Callable[..., Any], tmp_path: Path) -> None:
     with client(tmp_path / "cache", policy="native", dtype="bfloat16") as asking:
         asking.complete(PROMPTS, max_new_tokens=NEW)

@@ -13,22 +13,27 @@ from fakes import FakeEngine, FakeSource, by_key
 from support import near_tie, numerics, python, record, request
 
 from stablegen.client import Client
+from stablegen.config import load_settings
 from stablegen.core.numerics import Numerics
-from stablegen.core.policy import Batch, Limits
+from stablegen.core.policy import Batch, Limits, load_policy
 from stablegen.core.request import ModelIdentity
 from stablegen.engine.base import NO_ANSWERS, Answers, Engine, Generated, Listener, Observer
 from stablegen.errors import (
+    CacheDirectoryError,
     ClientClosedError,
     ConfigError,
     EngineError,
     MarginWarning,
     ModelError,
+    ParameterError,
     StablegenError,
     TeacherForcingError,
     UncachedWarning,
 )
 from stablegen.guard.verdicts import flip_probabilities, judge
+from stablegen.machine.device import Device
 from stablegen.session.intake import KNOWN_OBJECTS
+from stablegen.sources import checkpoint
 from stablegen.store.memory import MemoryStore
 
 OTHER = ModelIdentity(source="digest", digest="a" * 64, name="other")
@@ -105,9 +110,74 @@ def test_closing_waits_for_the_thread_that_generates() -> None:
 def test_a_callback_may_close_the_client() -> None:
     source = FakeSource()
     client = made(source)
-    with pytest.raises(StablegenError, match="closed"):  # what was computed cannot be written any more
-        client.complete("one", max_new_tokens=NEW, progress=lambda *_: client.close())
-    assert source.started[0].closed
+    closed: list[bool] = []
+
+    def close(*_: Any) -> None:
+        client.close()
+        closed.append(source.started[0].closed)
+
+    done = client.complete("one", max_new_tokens=NEW, progress=close)
+    assert (done.verdict.status, closed, source.started[0].closed) == ("exact", [False], True)
+    with pytest.raises(ClientClosedError):
+        client.complete("one", max_new_tokens=NEW)
+
+
+def test_a_hit_of_one_thread_ends_before_another_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = made()
+    client.complete("one", max_new_tokens=NEW)
+    get, entered = client.cache.get, threading.Event()
+
+    def slow(key: str) -> Any:
+        entered.set()
+        threading.Event().wait(0.2)
+        return get(key)
+
+    monkeypatch.setattr(client.cache, "get", slow)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.complete, "one", max_new_tokens=NEW)
+        assert entered.wait(60)
+        client.close()
+        assert call.result(60).cached
+
+
+def test_a_client_that_cannot_be_made_leaves_the_store_open() -> None:
+    store = MemoryStore()
+    with pytest.raises(ConfigError, match="a tokenizer"):
+        Client(FakeSource(), object(), store=store)
+    store.put({"name": b"bytes"})
+    assert store.get("name") == b"bytes"
+
+
+def test_settings_that_would_change_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache_dir=.*beside a store"):
+        Client(FakeSource(), store=MemoryStore(), cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"kv_cache_size=.*beside a source"):
+        Client(FakeSource(), store=MemoryStore(), kv_cache_size=2**20)
+    with pytest.raises(ConfigError, match="given twice"):
+        Client(FakeSource(), settings=load_settings(), policy="single")
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("dear diary", encoding="utf-8")
+    with pytest.raises(CacheDirectoryError):
+        Client.from_pretrained(cache_dir=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["diary.txt"]
+
+
+def test_a_source_starts_on_the_device_that_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "find_device", lambda name, dtype: Device(name, "a GPU"))
+    source = checkpoint.CheckpointSource.open(None)
+    policy = load_policy("single")
+    first, second = (source.plan(policy, "float32", device) for device in ("cuda:0", "cuda:1"))
+    assert source.plan(policy, "float32", "cuda:0") is first
+    assert [source._device_of(planned) for planned in (first, second)] == ["cuda:0", "cuda:1"]
+
+
+def test_nothing_to_teacher_force_is_nothing() -> None:
+    with made(policy="native") as client:
+        assert client.score_rows([]) == {}
+        with pytest.raises(ParameterError, match="sizes"):
+            client.calibrate([], sizes=(0,))
 
 
 def test_a_model_changed_while_a_call_waits_is_named() -> None:

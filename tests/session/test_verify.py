@@ -65,6 +65,7 @@ def assert_true(verified: Verification, truth: Record) -> None:
     assert verdict.runner_up == (theirs[step] if step < len(theirs) else None)
 
 
+@pytest.mark.slow
 def test_answers_of_other_numerics_are_settled_in_one_pass(tmp_path: Path) -> None:
     truth = fresh(tmp_path / "truth")
     with client(tmp_path / "old", policy="native", dtype="bfloat16") as asking:
@@ -150,6 +151,7 @@ def test_an_answer_that_ends_itself_is_followed_no_further(tmp_path: Path, truth
             assert_true(verified, done.record)
 
 
+@pytest.mark.slow
 def test_flagged_hits_are_settled_without_a_step_of_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = fresh(tmp_path / "truth")
     with client(tmp_path / "old", policy="native", dtype="bfloat16") as asking:
@@ -179,6 +181,7 @@ def test_flagged_hits_are_settled_without_a_step_of_decoding(tmp_path: Path, mon
         assert len(later.warnings()) >= len(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["single", "padded:3"])
 def test_where_prefill_is_not_decoding_the_fragile_steps_are_replayed(tmp_path: Path, policy: str) -> None:
     with client(tmp_path, policy=policy, dtype="bfloat16") as asking:
