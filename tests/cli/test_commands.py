@@ -216,7 +216,7 @@ def test_inspect_verifies_and_shows_both_continuations(run: Run, tmp_path: Path)
     done = run("inspect", right.key, "--verify", "--html", "page.html")
     assert done.code == 0
     assert "diverges  at step 3, verified" in done.out
-    assert "A fresh run parts at step 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "A fresh run diverges at step 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
     later = json.loads(run("inspect", right.key, "--json").out)
     (noted,) = later["divergences"]
     assert (noted["source"], noted["step"], noted["newer"]) == ("flagged", 3, [right.token_ids[3]])
