@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from itertools import compress
 
@@ -45,6 +45,11 @@ class Call:
     whether results are cached. ``listen`` is called with the tokens that are generated.
     """
 
+    __slots__ = (
+        *("parts", "state", "proves", "keeps", "pending", "hits", "results", "failure"),
+        *("_flagged", "_listen", "_progress", "_total"),
+    )
+
     def __init__(
         self,
         parts: Parts,
@@ -72,15 +77,15 @@ class Call:
 
     def look_up(self, asked: Sequence[tuple[str, Request]]) -> None:
         """Add the cached answers that may be served to the results; the rest is pending."""
-        on_risk = self.parts.on_risk
+        on_risk, cache, judge = self.parts.on_risk, self.parts.cache, self.parts.judge
         for key, request in asked:
             if key in self.results or key in self.pending:
                 continue
-            record = self.parts.cache.get(key)
+            record = cache.get(key)
             if record is None:
                 self.pending[key] = request
                 continue
-            verdict = self.parts.judge.judge(record, self.state.numerics)
+            verdict = judge.judge(record, self.state.numerics)
             if verdict.flagged:
                 self._flag(record, verdict)
                 if on_risk == "raise":
@@ -90,7 +95,8 @@ class Call:
                     self.pending[key], self.hits[key] = request, record
                     continue
             self.results[key] = Completion(record, cached=True, verdict=verdict)
-        self._write_flags()
+        if self._flagged:
+            self._write_flags()
 
     def look_up_anew(self, asked: Sequence[tuple[str, Request]], state: State) -> None:
         """Look everything up again, because the engine's numerics differ from those that hits were judged under."""
@@ -266,13 +272,6 @@ class Call:
             f"step {verdict.step}, {token(verdict.token)!r} against {token(verdict.runner_up)!r}{margin}{chance} "
             f"({verdict.basis}); {verdict.reason}"
         )
-
-
-def results_in_order(call: Call, asked: Sequence[tuple[str, Request]]) -> list[Completion]:
-    """Return a call's completions in the order requested; raise its failure, if any."""
-    call.check()
-    results: Mapping[str, Completion] = call.results
-    return [results[key] for key, _ in asked]
 
 
 def _shown(record: Record) -> str:

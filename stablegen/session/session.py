@@ -19,9 +19,9 @@ from stablegen.core.request import ModelIdentity, Request
 from stablegen.core.verdict import OnRisk, SelfCheck, Verdict
 from stablegen.engine.base import Engine, Listener
 from stablegen.engine.planner import Planner
-from stablegen.errors import ClientClosedError, InvalidRequestError, RecordNotFoundError, StablegenError
+from stablegen.errors import CacheError, ClientClosedError, InvalidRequestError, RecordNotFoundError, StablegenError
 from stablegen.guard.judge import Judge, numerics_for
-from stablegen.session.call import Call, Progress, results_in_order
+from stablegen.session.call import Call, Progress
 from stablegen.session.intake import CallersOwn, Intake, check_seeded
 from stablegen.session.parts import KNOWN_FLAGS, Parts, State
 from stablegen.session.runner import Runner
@@ -70,7 +70,8 @@ class Session:
         self._changing = threading.Lock()
         self._closed = False
         self._calls: dict[int, int] = {}  # those that run now, by thread; a callback may call again
-        self._ended = threading.Condition()
+        self._counting = threading.Lock()
+        self._ended = threading.Condition(self._counting)
         self._closed_by: int | None = None
 
     @property
@@ -101,7 +102,8 @@ class Session:
 
         Raises ``ClientClosedError`` after ``close``.
         """
-        self.check_open()
+        if self._closed:
+            self.check_open()
         identity, planned = self._describe_source()
         state = self._state
         if identity is state.intake.identity and planned is state.planned:
@@ -170,36 +172,42 @@ class Session:
         ``cached=False``: the cache is neither read nor written. What other calls have computed while this one waited
         for the engine is taken from the cache.
         """
-        self.enter()
-        try:
-            call = Call(
-                self.parts,
-                state,
-                proves=cached and self.parts.on_risk == "verify",
-                keeps=cached,
-                listen=listen,
-                progress=progress,
-            )
-            runner = self.parts.runner
-            completed = runner.completed
-            if cached:
+        call = Call(
+            self.parts,
+            state,
+            proves=cached and self.parts.on_risk == "verify",
+            keeps=cached,
+            listen=listen,
+            progress=progress,
+        )
+        completed = self.parts.runner.completed
+        if cached:
+            try:
                 call.look_up(asked)
-            else:
-                call.pending = dict(asked)
-            if call.pending:
-                try:
-                    with self.engine(state) as (engine, found):
-                        if found is not state and cached:
-                            call.look_up_anew(asked, found)
-                        elif runner.completed != completed and cached:
-                            call.look_up_pending()
-                        call.state = found
-                        call.compute(self.planner(engine, call))
-                except StablegenError as error:
-                    call.fail(error)
-            return results_in_order(call, asked)
-        finally:
-            self.leave()
+            except CacheError:
+                self.check_open()  # closed by another thread while it read: hits take no lock
+                raise
+        else:
+            call.pending = dict(asked)
+        if call.pending:
+            with self.busy():
+                self._compute(call, asked, completed, cached=cached)
+        if call.failure is not None:
+            call.check()
+        return [call.results[key] for key, _ in asked]
+
+    def _compute(self, call: Call, asked: Sequence[tuple[str, Request]], completed: int, *, cached: bool) -> None:
+        """Compute what a call is missing; ``completed``: the runner's count when the call looked it up."""
+        try:
+            with self.engine(call.state) as (engine, found):
+                if found is not call.state and cached:
+                    call.look_up_anew(asked, found)
+                elif self.parts.runner.completed != completed and cached:
+                    call.look_up_pending()
+                call.state = found
+                call.compute(self.planner(engine, call))
+        except StablegenError as error:
+            call.fail(error)
 
     def complete(
         self, prompts: str | Sequence[str], arguments: Mapping[str, Any], progress: Progress | None
@@ -326,24 +334,27 @@ class Session:
 
     def enter(self) -> None:
         """Begin a call; raise ``ClientClosedError`` after ``close``."""
-        thread = get_ident()
-        with self._ended:
-            nested = self._calls.get(thread, 0)
-            if not nested:
+        thread, calls = get_ident(), self._calls
+        with self._counting:
+            if thread in calls:
+                calls[thread] += 1
+                return
+            if self._closed:
                 self.check_open()
-            self._calls[thread] = nested + 1
+            calls[thread] = 1
 
     def leave(self) -> None:
         """End a call; one that closed the session itself releases what it holds."""
-        thread = get_ident()
-        with self._ended:
-            self._calls[thread] -= 1
-            if not self._calls[thread]:
-                del self._calls[thread]
-            if self._closed:
-                self._ended.notify_all()
-            releases = self._closed_by == thread and thread not in self._calls
-        if releases:
+        thread, calls = get_ident(), self._calls
+        with self._counting:
+            if calls[thread] > 1:
+                calls[thread] -= 1
+                return
+            del calls[thread]
+            if not self._closed:
+                return
+            self._ended.notify_all()
+        if self._closed_by == thread:
             self._release()
 
     def close(self) -> None:
@@ -352,7 +363,7 @@ class Session:
         Closed from a callback of a call of its own, that call ends first.
         """
         thread = get_ident()
-        with self._ended:
+        with self._counting:
             if self._closed:
                 return
             self._closed, self._closed_by = True, thread

@@ -122,14 +122,14 @@ def test_a_callback_may_close_the_client() -> None:
         client.complete("one", max_new_tokens=NEW)
 
 
-def test_a_hit_of_one_thread_ends_before_another_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hit_that_another_thread_closes_under_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     client = made()
     client.complete("one", max_new_tokens=NEW)
-    get, entered = client.cache.get, threading.Event()
+    get, entered, closed = client.cache.get, threading.Event(), threading.Event()
 
     def slow(key: str) -> Any:
         entered.set()
-        threading.Event().wait(0.2)
+        assert closed.wait(60)
         return get(key)
 
     monkeypatch.setattr(client.cache, "get", slow)
@@ -137,7 +137,9 @@ def test_a_hit_of_one_thread_ends_before_another_closes(monkeypatch: pytest.Monk
         call = pool.submit(client.complete, "one", max_new_tokens=NEW)
         assert entered.wait(60)
         client.close()
-        assert call.result(60).cached
+        closed.set()
+        with pytest.raises(ClientClosedError):
+            call.result(60)
 
 
 def test_a_client_that_cannot_be_made_leaves_the_store_open() -> None:
