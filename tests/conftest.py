@@ -37,6 +37,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: there is no /dev/nvidia0"))
 
 
+_PASSED: dict[Any, Any] = {}
+"""Self-checks that passed in this process, by model, numerics and shape: each takes seconds, and repeats itself."""
+
+
+@pytest.fixture(autouse=True)
+def shared_self_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every cache know the self-checks that passed in other tests; ``fresh_checks`` marks those that must not."""
+    from stablegen.store.cache import Cache
+
+    find, keep = Cache.self_check, Cache.put_self_check
+    is_fresh = request.node.get_closest_marker("fresh_checks") is not None
+
+    def self_check(cache: Any, model: Any, numerics: Any, shape: Any) -> Any:
+        return find(cache, model, numerics, shape) or _PASSED.get((model.canonical, numerics.digest, shape))
+
+    def put_self_check(cache: Any, model: Any, check: Any) -> None:
+        keep(cache, model, check)
+        if check.passed and check.checks:
+            _PASSED[model.canonical, check.numerics.digest, check.shape] = check
+
+    if not is_fresh:
+        monkeypatch.setattr(Cache, "self_check", self_check)
+        monkeypatch.setattr(Cache, "put_self_check", put_self_check)
+
+
 @pytest.fixture(scope="session")
 def mini_gpt2() -> str:
     """Return the directory of mini-gpt2."""

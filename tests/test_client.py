@@ -331,6 +331,7 @@ def test_flagged_hits_and_misses_in_one_call(tmp_path: Path, computed: Computed)
 # -- a promise that is not kept ------------------------------------------------------------------------------------
 
 
+@pytest.mark.fresh_checks
 def test_without_a_passed_check_nothing_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stablegen.engine.transformers.engine import TransformersEngine
     from stablegen.kernels import reference

@@ -56,6 +56,7 @@ class FolderStore:
         pass
 
 
+@pytest.mark.slow
 def test_a_store(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     with Client.from_pretrained(policy="invariant", device="cpu", store=store) as client:

@@ -53,6 +53,7 @@ def test_metrics_and_outputs_are_equal_at_every_batch_size(policy: str, tasks: P
     assert all(len(items) == 14 for items in found[0][1].values())
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_is_answered_from_the_cache(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_likelihoods_are_lm_evals_own(tasks: Path, tmp_path: Path, model: Any, t
                 assert not isinstance(one, tuple) or one[1] == other[1]
 
 
+@pytest.mark.slow
 def test_repeats_of_a_sampled_task_are_samples_of_their_own(tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 

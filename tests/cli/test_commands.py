@@ -116,6 +116,7 @@ def test_a_broken_line_is_named_and_the_others_run(run: Run, tmp_path: Path) -> 
     assert "context is 1024" in done.err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_or_read_stops_nothing(tmp_path: Path) -> None:
     lines = b'{"prompt": "One day"}\n{"prompt": "\\ud800"}\n{"prompt":' + b"[" * 200_000 + b'\n{"prompt": "Two men"}\n'
     arguments = ("generate", "--max-new-tokens", "2", "--json", "--cache-dir", str(tmp_path / "cache"))
@@ -267,6 +268,7 @@ def test_config_show_says_where_each_value_comes_from(run: Run, tmp_path: Path) 
     assert all(part in broken.err for part in ("stablegen.toml", "dtipe", "dtype"))
 
 
+@pytest.mark.slow
 def test_doctor_measures_and_says_what_holds(run: Run) -> None:
     done = run("doctor")
     assert done.code == 0
@@ -274,6 +276,7 @@ def test_doctor_measures_and_says_what_holds(run: Run) -> None:
     assert "prefill against decode: equal" in done.out
 
 
+@pytest.mark.slow
 def test_doctor_says_why_a_promise_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from stablegen.kernels.reference import ReferenceKernels
 
@@ -322,6 +325,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert "generate" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     arguments = command("generate", "One day", "--max-new-tokens", "3", "--cache-dir", str(tmp_path))

@@ -214,6 +214,7 @@ def test_company_is_measured_where_a_policy_promises_nothing(tmp_path: Path) -> 
         assert (alone.flips, alone.quantile(1.0)) == (0, 0.0)
 
 
+@pytest.mark.slow
 def test_what_is_left_over_is_measured_in_a_batch_of_the_same_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +295,7 @@ def test_the_command_calibrates(run: Callable[..., Any], tmp_path: Path) -> None
         assert len(asking.cache.calibrations()) == 2
 
 
+@pytest.mark.slow
 def test_the_answers_of_a_cache_calibrate(run: Callable[..., Any], tmp_path: Path) -> None:
     with client(tmp_path / "cache", policy="single", dtype="bfloat16") as asking:
         asking.complete(SAMPLE[:20], max_new_tokens=16)

@@ -135,6 +135,7 @@ def test_an_own_processor_is_applied_before_the_warpers(asking: Client) -> None:
         assert out.scores[0][0, 77] > -torch.inf and out.completions[0].token_ids[0] in (77, 78)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["processor", "criterion"])
 def test_a_client_that_has_not_seen_a_key_serves_and_judges_but_cannot_verify(
     kind: str, model: Any, tmp_path: Path

@@ -130,6 +130,7 @@ def test_what_decides_no_answer_is_no_part_of_the_key(asking: Client) -> None:
         assert again.cached and again.key == first.key, harmless
 
 
+@pytest.mark.slow
 def test_forty_prompts_greedily(model: Any, asking: Client) -> None:
     answers = set()
     for row in rows_of(SAMPLE[:40]):

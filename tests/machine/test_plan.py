@@ -159,6 +159,7 @@ def test_a_senseless_thread_count_is_ignored(value: str, monkeypatch: pytest.Mon
     assert usable_cpus() == usual >= 1
 
 
+@pytest.mark.slow
 def test_threads_of_the_environment_are_those_torch_uses(tmp_path: Path) -> None:
     code = """
 import json, os, sys

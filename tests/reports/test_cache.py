@@ -100,6 +100,7 @@ def test_a_proof_holds_for_the_very_answer_and_numerics_alone() -> None:
     assert found.status == "stable"
 
 
+@pytest.mark.fresh_checks
 def test_what_if_tells_what_is_exact_and_what_would_be_after_a_self_check(tmp_path: Path) -> None:
     with client(tmp_path, policy="invariant") as asking:
         own = asking.numerics

@@ -82,6 +82,7 @@ def test_answers_of_other_numerics_are_settled_in_one_pass(tmp_path: Path) -> No
     assert statuses == {"stable", "diverged"}, "the two dtypes should part somewhere, and not everywhere"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unaltered_answer_is_exact(tmp_path: Path, dtype: str) -> None:
     fresh(tmp_path / "cache", dtype=dtype)
@@ -244,6 +245,7 @@ def test_other_policies_recompute(tmp_path: Path, truth: Record, policy: str) ->
         assert (found.status, found.step, found.token) == ("diverged", 3, 7)
 
 
+@pytest.mark.fresh_checks
 def test_a_policy_that_broke_its_promise_proves_nothing(tmp_path: Path, truth: Record, monkeypatch: Any) -> None:
     from stablegen.engine import self_check as module
 
