@@ -533,6 +533,7 @@ def test_broken_kernels_are_seen_by_these_tests(kernels: type[KernelSet]) -> Non
 
 
 @pytest.mark.parametrize("kernels", BROKEN)
+@pytest.mark.fresh_checks
 def test_nothing_is_exact_with_broken_kernels(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: type[KernelSet]
 ) -> None:
